@@ -1,0 +1,123 @@
+// lorakern._cpu: the CPU ops for Python. Nothing but argument passing: pointers are integers, strides count elements.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/lora.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace lorakern;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using WeightTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;           // data, slot stride, row stride, rows
+using IndexTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;            // data, bytes, strides
+using SizeTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;  // dtype, T, K, slots, r_max, d_in
+using MatrixTuple = std::tuple<uintptr_t, int64_t>;                             // data, row stride
+using RoutingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scale ranks gates order starts
+
+cpu::Indices indices_of(const IndexTuple& t) {
+  return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+void fill(Weight* out, const std::vector<WeightTuple>& weights) {
+  if (weights.size() > kMaxSlices)
+    throw std::invalid_argument("at most " + std::to_string(kMaxSlices) + " slices in one call; got " +
+                                std::to_string(weights.size()));
+  for (const auto& [data, slot_stride, row_stride, rows] : weights)
+    *out++ = {pointer<const void>(data), slot_stride, row_stride, rows};
+}
+
+LoraParams params_of(const SizeTuple& sizes, const std::vector<WeightTuple>& A, const std::vector<WeightTuple>& B,
+                     const RoutingTuple& routing) {
+  LoraParams p{};
+  int dtype;
+  std::tie(dtype, p.num_tokens, p.num_choices, p.num_slots, p.r_max, p.d_in) = sizes;
+  p.dtype = static_cast<Dtype>(dtype);
+  p.num_slices = static_cast<int>(A.empty() ? B.size() : A.size());
+  fill(p.A, A);
+  fill(p.B, B);
+  p.scale = pointer<const float>(std::get<0>(routing));
+  p.ranks = pointer<const int32_t>(std::get<1>(routing));
+  p.gates = pointer<const float>(std::get<2>(routing));
+  p.plan = {pointer<const int32_t>(std::get<3>(routing)), pointer<const int32_t>(std::get<4>(routing))};
+  return p;
+}
+
+void plan(const IndexTuple& indices, int64_t tokens, int64_t choices, int64_t slots, uintptr_t order, uintptr_t starts) {
+  cpu::make_plan(indices_of(indices), tokens, choices, slots, pointer<int32_t>(order), pointer<int32_t>(starts));
+}
+
+void shrink(uintptr_t h, const MatrixTuple& x, const std::vector<WeightTuple>& A, const SizeTuple& sizes,
+            const IndexTuple& indices, const RoutingTuple& routing, int threads) {
+  LoraParams p = params_of(sizes, A, {}, routing);
+  p.h = pointer<float>(h);
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
+  py::gil_scoped_release release;
+  cpu::shrink(p, indices_of(indices), threads);
+}
+
+void expand(const MatrixTuple& y, uintptr_t h, const std::vector<WeightTuple>& B, const SizeTuple& sizes,
+            const IndexTuple& indices, const RoutingTuple& routing, bool accumulate, int threads) {
+  LoraParams p = params_of(sizes, {}, B, routing);
+  p.h = pointer<float>(h);
+  p.y = pointer<void>(std::get<0>(y));
+  p.y_stride = std::get<1>(y);
+  p.accumulate = accumulate;
+  py::gil_scoped_release release;
+  cpu::expand(p, indices_of(indices), threads);
+}
+
+void bgmv(const MatrixTuple& y, const MatrixTuple& x, const std::vector<WeightTuple>& A,
+          const std::vector<WeightTuple>& B, const SizeTuple& sizes, const IndexTuple& indices,
+          const RoutingTuple& routing, bool accumulate, int threads) {
+  LoraParams p = params_of(sizes, A, B, routing);
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
+  p.y = pointer<void>(std::get<0>(y));
+  p.y_stride = std::get<1>(y);
+  p.accumulate = accumulate;
+  py::gil_scoped_release release;
+  cpu::bgmv(p, indices_of(indices), threads);
+}
+
+void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<WeightTuple>& A,
+              const std::vector<WeightTuple>& B, const SizeTuple& sizes, const IndexTuple& indices,
+              const RoutingTuple& routing, uintptr_t dx, const std::vector<uintptr_t>& dA,
+              const std::vector<uintptr_t>& dB, uintptr_t dscale, uintptr_t dgates, int threads) {
+  LoraGradParams g{};
+  g.forward = params_of(sizes, A, B, routing);
+  g.forward.x = pointer<const void>(std::get<0>(x));
+  g.forward.x_stride = std::get<1>(x);
+  g.dy = pointer<const void>(std::get<0>(dy));
+  g.dy_stride = std::get<1>(dy);
+  g.dx = pointer<void>(dx);
+  for (size_t s = 0; s < dA.size(); ++s) g.dA[s] = pointer<void>(dA[s]);
+  for (size_t s = 0; s < dB.size(); ++s) g.dB[s] = pointer<void>(dB[s]);
+  g.dscale = pointer<float>(dscale);
+  g.dgates = pointer<float>(dgates);
+  py::gil_scoped_release release;
+  cpu::backward(g, indices_of(indices), threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.attr("max_slices") = kMaxSlices;
+  m.def("plan", &plan);
+  m.def("shrink", &shrink);
+  m.def("expand", &expand);
+  m.def("bgmv", &bgmv);
+  m.def("backward", &backward);
+  m.def("usable_isas", &cpu::usable_isas);
+  m.def("current_isa", &cpu::current_isa);
+  m.def("force_isa", &cpu::force_isa);
+  m.def("has_thread_pool", &has_thread_pool);
+}

@@ -1,0 +1,112 @@
+// Vec for AVX-512 (F, BW, DQ, VL): sixteen floats. With AVX512-BF16 dot products take bf16 pairs as they are.
+#pragma once
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace {
+
+constexpr int kWidth = 16;
+constexpr int kTileTokens = 4, kTileRows = 4, kTileVecs = 4;  // fit in 32 registers
+
+struct Vec {
+  __m512 v;
+};
+
+inline Vec vec_zero() { return {_mm512_setzero_ps()}; }
+inline Vec vec_set(float a) { return {_mm512_set1_ps(a)}; }
+inline Vec vec_add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec vec_fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline float vec_sum(Vec a) {
+  const __m256 high = _mm512_extractf32x8_ps(a.v, 1), half = _mm256_add_ps(_mm512_castps512_ps256(a.v), high);
+  const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
+
+inline __m256i load_16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline Vec vec_load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec vec_load(const f16* p) { return {_mm512_cvtph_ps(load_16(p))}; }
+inline Vec vec_load(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16(p)), 16))};
+}
+
+inline void vec_store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void vec_store(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void vec_store(bf16* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
+}
+
+// The first n < kWidth elements; the rest of the vector is zero, the rest of memory untouched.
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline __m256i load_16_n(const void* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
+inline Vec vec_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
+inline Vec vec_load_n(const f16* p, int n) { return {_mm512_cvtph_ps(load_16_n(p, n))}; }
+inline Vec vec_load_n(const bf16* p, int n) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16_n(p, n)), 16))};
+}
+
+inline void vec_store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+template <typename T>
+inline void vec_store_n(T* p, Vec a, int n) {
+  T full[kWidth];
+  vec_store(full, a);
+  _mm256_mask_storeu_epi16(p, first(n), load_16(full));
+}
+
+inline void vec_transpose(Vec* r) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(r[i].v, r[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(r[i].v, r[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: column 4 q + j of rows i .. i + 3, for each 128-bit lane q
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+  for (int j = 0; j < 4; ++j) {  // transpose the 4 x 4 grid of lanes
+    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x44), low23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xEE), high23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xEE);
+    r[j].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    r[j + 4].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    r[j + 8].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    r[j + 12].v = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+}
+
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+template <typename T>
+struct Dot {
+  static constexpr int kStep = kWidth;
+  using Operand = Vec;
+  static Operand load(const T* p) { return vec_load(p); }
+  static Operand load_n(const T* p, int n) { return vec_load_n(p, n); }
+  static Vec step(Operand x, Operand w, Vec acc) { return vec_fma(x, w, acc); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Dot<bf16> {
+  static constexpr int kStep = 32;
+  using Operand = __m512bh;
+  static Operand load(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Operand load_n(const bf16* p, int n) {
+    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  }
+  static Vec step(Operand x, Operand w, Vec acc) { return {_mm512_dpbf16_ps(acc.v, x, w)}; }
+};
+#endif
+
+}  // namespace

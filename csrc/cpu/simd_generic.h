@@ -1,0 +1,69 @@
+// Vec for any CPU: four floats in the compiler's own vector type (SSE2, NEON, ...).
+#pragma once
+#include "scalar.h"
+
+namespace {
+
+constexpr int kWidth = 4;
+constexpr int kTileTokens = 2, kTileRows = 2, kTileVecs = 2;  // fit in 16 registers
+
+typedef float Raw __attribute__((vector_size(16), aligned(4)));
+struct Vec {
+  Raw v;
+};
+
+inline Vec vec_zero() { return {Raw{0, 0, 0, 0}}; }
+inline Vec vec_set(float a) { return {Raw{a, a, a, a}}; }
+inline Vec vec_add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec vec_fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline float vec_sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline Vec vec_load(const float* p) { return {*reinterpret_cast<const Raw*>(p)}; }
+inline void vec_store(float* p, Vec a) { *reinterpret_cast<Raw*>(p) = a.v; }
+
+template <typename T>
+inline Vec vec_load(const T* p) {
+  return {Raw{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+
+template <typename T>
+inline void vec_store(T* p, Vec a) {
+  for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
+}
+
+// The first n < kWidth elements; the rest of the vector is zero, the rest of memory untouched.
+template <typename T>
+inline Vec vec_load_n(const T* p, int n) {
+  T padded[kWidth] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return vec_load(padded);
+}
+
+template <typename T>
+inline void vec_store_n(T* p, Vec a, int n) {
+  T full[kWidth];
+  vec_store(full, a);
+  for (int i = 0; i < n; ++i) p[i] = full[i];
+}
+
+inline void vec_transpose(Vec* rows) {
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float other = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = other;
+    }
+}
+
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// One step of a dot product: kStep elements of x and of w into the accumulator.
+template <typename T>
+struct Dot {
+  static constexpr int kStep = kWidth;
+  using Operand = Vec;
+  static Operand load(const T* p) { return vec_load(p); }
+  static Operand load_n(const T* p, int n) { return vec_load_n(p, n); }
+  static Vec step(Operand x, Operand w, Vec acc) { return vec_fma(x, w, acc); }
+};
+
+}  // namespace

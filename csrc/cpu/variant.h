@@ -1,0 +1,62 @@
+// What one ISA variant offers to the scheduler in lora.cpp: units of work, each for one thread.
+#pragma once
+#include "../lorakern.h"
+
+namespace lorakern {
+
+// Tokens `order[first .. last)`, all of one slot, against some rows of A:  h[pair][row] = A[row] . x[token].
+struct ShrinkUnit {
+  int slice;
+  int64_t slot, first, last, row_begin, row_end;
+};
+
+// out[t][column] (+)= sum over weights w and pairs of t of factor * left_w[pair] . weight_w[slot], for some columns.
+struct ExpandJob {
+  const LoraParams* params;
+  const Weight* weights;  // B: rows are output columns; A: rows are ranks
+  const float* left[kMaxSlices];  // (T * K, r_max) per weight
+  int num_weights;
+  bool by_columns;   // weight rows run along the rank (B), or along the output (A)
+  bool use_factors;  // multiply by scale and gate
+  void* out;
+  int64_t out_stride;
+  bool accumulate;
+  const uint8_t* served;  // (T): has the token an adapter? Needed where a token may get several terms
+};
+
+// dh[pair][r] = sum_o dy[t][o] * B[slot][o][r] for tokens order[first .. last) of one slot.
+struct BackUnit {
+  int slice;
+  int64_t slot, first, last;
+};
+
+// grad[slot] += left^T right over the pairs of the slot, for some columns of `right`.
+struct OuterJob {
+  const LoraParams* params;
+  const float* left;  // (T * K, r_max), factors applied
+  const void* right;  // (T, columns)
+  int64_t right_stride;
+  void* grad;  // (slots, r_max, columns), or (slots, columns, r_max) if transposed
+  int64_t columns;
+  bool transposed;
+};
+
+struct Variant {
+  const char* name;
+  int64_t panel_columns;  // widths of column ranges should be multiples of it
+  void (*shrink)(const LoraParams&, const ShrinkUnit&);
+  int64_t (*expand_scratch)(const ExpandJob&, int64_t columns);  // floats
+  void (*expand)(const ExpandJob&, int64_t column_begin, int64_t column_end, float* scratch);
+  int64_t (*back_scratch)(const LoraParams&);
+  void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
+  int64_t (*outer_scratch)(const LoraParams&);
+  void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
+};
+
+inline int64_t rank_of(const LoraParams& p, int64_t slot) { return p.ranks ? p.ranks[slot] : p.r_max; }
+
+inline float factor_of(const LoraParams& p, int64_t slot, int64_t pair) {
+  return (p.scale ? p.scale[slot] : 1.0f) * (p.gates ? p.gates[pair] : 1.0f);
+}
+
+}  // namespace lorakern

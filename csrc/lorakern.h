@@ -1,0 +1,65 @@
+// The params structs of every kernel, and the conventions they obey. Read this page first.
+//
+// Names      slot: a place that holds one adapter. token t: a row of x and y. pair p = t * K + k: the k-th adapter of
+//            token t. slice: one of several projections that share x and fill y side by side (q, k, v). rank: the true
+//            rank of a slot; r_max: the rank the weights are allocated for; what lies beyond the rank is never read.
+// Shapes     A (slots, r_max, d_in) and B (slots, d_out, r_max) per slice, innermost stride 1, other strides free
+//            (0 included). x (T, d_in) and y (T, ...) with innermost stride 1. h (slices, T * K, r_max) contiguous.
+//            Strides and sizes count elements, not bytes, and are 64-bit.
+// Plan       order (T * K): pair ids sorted stably by slot, pairs without an adapter last. starts (slots + 1): the
+//            pairs of slot i are order[starts[i]] .. order[starts[i + 1] - 1].
+// Numbers    16-bit or 32-bit floats in and out, every sum in float32 in an order that depends on nothing but the
+//            shapes of one token's own computation: a token gives the same bits alone and in any batch.
+// Ownership  the caller owns every pointer; a kernel keeps none of them after it returns.
+#pragma once
+#include <cstdint>
+
+namespace lorakern {
+
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+constexpr int kMaxSlices = 8;
+
+struct Weight {  // one slice of A or of B over all slots
+  const void* data;
+  int64_t slot_stride;
+  int64_t row_stride;
+  int64_t rows;  // r_max for A, d_out for B
+};
+
+struct Plan {
+  const int32_t* order;   // (T * K)
+  const int32_t* starts;  // (num_slots + 1)
+};
+
+struct LoraParams {
+  Dtype dtype;  // of x, A, B and y
+  int64_t num_tokens, num_choices, num_slots, r_max, d_in;
+  int num_slices;
+  const void* x;
+  int64_t x_stride;
+  Weight A[kMaxSlices];
+  Weight B[kMaxSlices];
+  void* y;  // at the first column to fill
+  int64_t y_stride;
+  float* h;
+  const float* scale;    // (slots) or null for 1
+  const int32_t* ranks;  // (slots) or null for r_max
+  const float* gates;    // (T, K) contiguous or null for 1
+  Plan plan;
+  bool accumulate;  // y += or y =, for tokens that have an adapter
+};
+
+struct LoraGradParams {  // gradients of y = delta(x): any output may be null
+  LoraParams forward;    // h holds A x; y is unused
+  const void* dy;        // (T, sum of d_out), innermost stride 1
+  int64_t dy_stride;
+  float* dh;     // (slices, T * K, r_max): scratch
+  void* dx;      // (T, d_in) contiguous
+  void* dA[kMaxSlices];  // (slots, r_max, d_in) contiguous, zeroed by the caller
+  void* dB[kMaxSlices];  // (slots, d_out, r_max) contiguous, zeroed by the caller
+  float* dscale;         // (slots), zeroed by the caller
+  float* dgates;         // (T, K) contiguous, zeroed by the caller
+};
+
+}  // namespace lorakern

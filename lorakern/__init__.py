@@ -1,0 +1,29 @@
+"""Kernels for multi-LoRA math: batched adapters, gated mixtures, merges on the factors."""
+
+from importlib.util import find_spec as _find_spec
+from pathlib import Path as _Path
+
+if _find_spec("lorakern.triton_kernels") is None:  # an uninstalled checkout keeps that folder beside this one
+    __path__.append(str(_Path(__file__).resolve().parents[1]))
+
+from lorakern.adapters import LoraAdapter, LoraFactors
+from lorakern.backends import use_backend
+from lorakern.errors import LorakernError
+from lorakern.info import info
+from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, sgmv, shrink
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoraAdapter",
+    "LoraFactors",
+    "LorakernError",
+    "Plan",
+    "bgmv",
+    "expand",
+    "info",
+    "lora_delta",
+    "plan",
+    "sgmv",
+    "shrink",
+    "use_backend",
+]

@@ -1,0 +1,74 @@
+"""The backends, and the one place that picks among them.
+
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward``, the functions that it implements.
+Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
+"""
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from lorakern.backends import cpu, cuda, reference, triton
+from lorakern.errors import LorakernError
+
+BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
+
+# What serves each op by default, best first. The reference computes gradients on a GPU until a kernel does.
+_ORDER = {
+    "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward")},
+    "cuda": {
+        "plan": (triton, cuda),
+        "shrink": (triton,),
+        "expand": (triton,),
+        "bgmv": (cuda, triton),
+        "backward": (reference,),
+    },
+}
+
+_forced: ContextVar[str | None] = ContextVar("lorakern_backend", default=os.environ.get("LORAKERN_BACKEND") or None)
+
+
+@contextmanager
+def use_backend(name: str):
+    """Run the ops inside the block on one backend: "reference", "cpu", "triton" or "cuda".
+
+    The environment variable ``LORAKERN_BACKEND`` does the same for a whole process.
+
+    >>> import lorakern as lk
+    >>> with lk.use_backend("reference"):
+    ...     pass
+
+    Raises:
+        LorakernError: the name is unknown, or that backend is missing on this machine.
+    """
+    _usable(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _usable(name):
+    if name not in BACKENDS:
+        raise LorakernError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if reason := BACKENDS[name].missing():
+        raise LorakernError(f"backend {name!r} is missing here: {reason}")
+    return BACKENDS[name]
+
+
+def select(op: str, device_type: str):
+    """The backend module that runs `op` on tensors of this device type."""
+    if (name := _forced.get()) is not None:
+        backend = _usable(name)
+        if not hasattr(backend, op):
+            raise LorakernError(f"{op}: backend {name!r} does not implement it; leave the choice to lorakern")
+        return backend
+    if device_type not in _ORDER:
+        raise LorakernError(f"{op}: tensors must be on {' or '.join(_ORDER)}; got {device_type}")
+    candidates = _ORDER[device_type][op]
+    for backend in candidates:
+        if backend.missing() is None:
+            return backend
+    reasons = "; ".join(f"{backend.NAME}: {backend.missing()}" for backend in candidates)
+    raise LorakernError(f"{op}: no backend for {device_type} tensors ({reasons}). use_backend('reference') works anywhere")

@@ -1,0 +1,123 @@
+"""The specification: every op in a few lines of plain PyTorch, computed in float64 and rounded once at the end.
+
+Slow on purpose and meant to be checked by eye; every other backend is tested against it. Shapes: x (T, d_in),
+A[s] (slots, r_max, d_in), B[s] (slots, d_out, r_max) for slice s, indices (T, K), ranks and scale (slots,), gates (T, K).
+"""
+
+import torch
+
+NAME = "reference"
+CHECKS_VALUES = False
+
+
+def missing():
+    """The reference runs wherever PyTorch does."""
+    return None
+
+
+def plan(indices, num_slots):
+    """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32."""
+    slots = indices.reshape(-1).long()
+    slots = torch.where((slots < 0) | (slots >= num_slots), num_slots, slots)
+    by_slot, order = torch.sort(slots, stable=True)
+    starts = torch.searchsorted(by_slot, torch.arange(num_slots + 1, device=slots.device))
+    return order.int(), starts.int()
+
+
+def _slots(indices, num_slots, ranks, r_max):
+    """Yield (slot, its rank, its tokens, their choice k) for every slot that a token uses."""
+    for slot in indices.unique().tolist():
+        if 0 <= slot < num_slots:
+            token, choice = (indices == slot).nonzero(as_tuple=True)
+            yield slot, r_max if ranks is None else int(ranks[slot]), token, choice
+
+
+def _factor(slot, token, choice, scale, gates):
+    """gates[t, k] * scale[slot], as a (tokens, 1) column."""
+    factor = torch.ones(len(token), 1, dtype=torch.float64, device=token.device)
+    if scale is not None:
+        factor = factor * scale[slot].double()
+    return factor if gates is None else factor * gates[token, choice].double()[:, None]
+
+
+def _has_adapter(indices, num_slots, ranks):
+    """(T,) bool: does any choice of the token name a slot whose rank is not 0?"""
+    used = (indices >= 0) & (indices < num_slots)
+    if ranks is not None:
+        used &= ranks[indices.clamp(0, num_slots - 1).long()] > 0
+    return used.any(dim=1)
+
+
+def _write(y, delta, indices, num_slots, ranks, y_offset, accumulate):
+    target = y.narrow(1, y_offset, delta.shape[1])
+    rows = _has_adapter(indices, num_slots, ranks).nonzero(as_tuple=True)[0]
+    target[rows] = (delta[rows] + target[rows].double() if accumulate else delta[rows]).to(y.dtype)
+
+
+def _shrink(x, A, indices, ranks):
+    slots, r_max, _ = A[0].shape
+    h = torch.zeros(len(A), *indices.shape, r_max, dtype=torch.float64, device=x.device)
+    for slot, r, token, choice in _slots(indices, slots, ranks, r_max):
+        for s, a in enumerate(A):
+            h[s, token, choice, :r] = x[token].double() @ a[slot, :r].double().T
+    return h
+
+
+def _expand(h, B, indices, scale, ranks, gates):
+    slots, _, r_max = B[0].shape
+    delta = torch.zeros(indices.shape[0], sum(b.shape[1] for b in B), dtype=torch.float64, device=h.device)
+    for slot, r, token, choice in _slots(indices, slots, ranks, r_max):
+        factor = _factor(slot, token, choice, scale, gates)
+        parts = [factor * (h[s, token, choice, :r].double() @ b[slot, :, :r].double().T) for s, b in enumerate(B)]
+        delta.index_add_(0, token, torch.cat(parts, dim=1))
+    return delta
+
+
+def shrink(h, x, A, indices, ranks, order, starts):
+    """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
+    h.copy_(_shrink(x, A, indices, ranks))
+
+
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """y[t] (+)= sum_k gates[t, k] * scale[i] * B[i, :, :r] @ h[t, k, :r], slices side by side from y_offset."""
+    delta = _expand(h, B, indices, scale, ranks, gates)
+    _write(y, delta, indices, B[0].shape[0], ranks, y_offset, accumulate)
+
+
+def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """expand(y, shrink(x)), with h kept in float64."""
+    delta = _expand(_shrink(x, A, indices, ranks), B, indices, scale, ranks, gates)
+    _write(y, delta, indices, A[0].shape[0], ranks, y_offset, accumulate)
+
+
+def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
+    """Gradients of bgmv's sum by x, every A, every B, scale and gates (the last two None where the input is None)."""
+    slots, r_max, _ = A[0].shape
+    h = _shrink(x, A, indices, ranks)
+    dx = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    dA = [torch.zeros(a.shape, dtype=torch.float64, device=x.device) for a in A]
+    dB = [torch.zeros(b.shape, dtype=torch.float64, device=x.device) for b in B]
+    dscale = None if scale is None else torch.zeros(slots, dtype=torch.float64, device=x.device)
+    dgates = None if gates is None else torch.zeros(gates.shape, dtype=torch.float64, device=x.device)
+    for slot, r, token, choice in _slots(indices, slots, ranks, r_max):
+        factor = _factor(slot, token, choice, scale, gates)
+        column = 0
+        for s, (a, b) in enumerate(zip(A, B, strict=True)):
+            g = dy[token, column : column + b.shape[1]].double()
+            column += b.shape[1]
+            hs, back = h[s, token, choice, :r], g @ b[slot, :, :r].double()
+            dot = (hs * back).sum(dim=1)
+            dx.index_add_(0, token, factor * back @ a[slot, :r].double())
+            dA[s][slot, :r] = (factor * back).T @ x[token].double()
+            dB[s][slot, :, :r] = (factor * g).T @ hs
+            if scale is not None:
+                dscale[slot] += (dot if gates is None else dot * gates[token, choice].double()).sum()
+            if gates is not None:
+                dgates[token, choice] += dot if scale is None else dot * scale[slot].double()
+    return (
+        dx.to(x.dtype),
+        [d.to(x.dtype) for d in dA],
+        [d.to(x.dtype) for d in dB],
+        None if scale is None else dscale.to(scale.dtype),
+        None if gates is None else dgates.to(gates.dtype),
+    )

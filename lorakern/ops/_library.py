@@ -1,0 +1,28 @@
+"""Registration of ops with torch.library: one kernel per op for every device, which asks the backends."""
+
+import os
+
+import torch
+
+from lorakern.backends import select
+
+LIBRARY = torch.library.Library("lorakern", "DEF")
+DEBUG = os.environ.get("LORAKERN_DEBUG", "0") not in ("", "0")
+
+
+def define(schema, fake):
+    """Register the decorated function as the op of that schema, with `fake` as its shape function."""
+
+    def register(implementation):
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lorakern::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.lorakern, name).default
+
+    return register
+
+
+def backend_for(op, tensor):
+    """The backend module that runs `op` for tensors that live where this one does."""
+    return select(op, tensor.device.type)
