@@ -36,7 +36,16 @@ def cpu_extension() -> Pybind11Extension:
         [str(CSRC / "bind_cpu.cpp"), *map(str, sources)],
         depends=[*map(str, CSRC.glob("*.h")), *map(str, CSRC.glob("cpu/*.h"))],
         cxx_std=17,
-        extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
+        extra_compile_args=[
+            "-O3",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-Wall",
+            "-Wextra",
+            "-Wno-psabi",
+            "-Wno-maybe-uninitialized",
+            "-Wno-uninitialized",
+        ],
         libraries=["dl"],
     )
 
@@ -93,6 +102,7 @@ setup(
         "lorakern",
         "lorakern.adapters",
         "lorakern.backends",
+        "lorakern.demo",
         "lorakern.integrations",
         "lorakern.ops",
         "lorakern.triton_kernels",

@@ -16,11 +16,12 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using WeightTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;           // data, slot stride, row stride, rows
-using IndexTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;            // data, bytes, strides
+using WeightTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;            // data, slot stride, row stride, rows
+using IndexTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;             // data, bytes, strides
 using SizeTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;  // dtype, T, K, slots, r_max, d_in
-using MatrixTuple = std::tuple<uintptr_t, int64_t>;                             // data, row stride
-using RoutingTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scale ranks gates order starts
+using MatrixTuple = std::tuple<uintptr_t, int64_t>;                              // data, row stride
+using RoutingTuple =
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scale ranks gates order starts
 
 cpu::Indices indices_of(const IndexTuple& t) {
   return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -50,7 +51,8 @@ LoraParams params_of(const SizeTuple& sizes, const std::vector<WeightTuple>& A, 
   return p;
 }
 
-void plan(const IndexTuple& indices, int64_t tokens, int64_t choices, int64_t slots, uintptr_t order, uintptr_t starts) {
+void plan(const IndexTuple& indices, int64_t tokens, int64_t choices, int64_t slots, uintptr_t order,
+          uintptr_t starts) {
   cpu::make_plan(indices_of(indices), tokens, choices, slots, pointer<int32_t>(order), pointer<int32_t>(starts));
 }
 

@@ -54,8 +54,8 @@ struct LoraGradParams {  // gradients of y = delta(x): any output may be null
   LoraParams forward;    // h holds A x; y is unused
   const void* dy;        // (T, sum of d_out), innermost stride 1
   int64_t dy_stride;
-  float* dh;     // (slices, T * K, r_max): scratch
-  void* dx;      // (T, d_in) contiguous
+  float* dh;             // (slices, T * K, r_max): scratch
+  void* dx;              // (T, d_in) contiguous
   void* dA[kMaxSlices];  // (slots, r_max, d_in) contiguous, zeroed by the caller
   void* dB[kMaxSlices];  // (slots, d_out, r_max) contiguous, zeroed by the caller
   float* dscale;         // (slots), zeroed by the caller

@@ -51,9 +51,9 @@ void sort_pairs(const Int* data, int64_t row_stride, int64_t column_stride, int6
     for (int64_t k = 0; k < choices; ++k) {
       const int64_t slot = data[t * row_stride + k * column_stride];
       if (slot < -1 || slot >= num_slots)
-        throw std::invalid_argument("indices must lie between -1 (no adapter) and slots - 1 = " +
-                                    std::to_string(num_slots - 1) + "; got " + std::to_string(slot) + " for token " +
-                                    std::to_string(t));
+        throw std::invalid_argument(
+            "indices must lie between -1 (no adapter) and slots - 1 = " + std::to_string(num_slots - 1) + "; got " +
+            std::to_string(slot) + " for token " + std::to_string(t));
       if (slot >= 0) ++starts[slot + 1];
     }
   for (int64_t s = 0; s < num_slots; ++s) starts[s + 1] += starts[s];
@@ -83,17 +83,55 @@ void check_ranks(const LoraParams& p) {
                                   std::to_string(p.ranks[s]) + " for slot " + std::to_string(s));
 }
 
-// Fewer threads for little work: waking one costs about as much as this many multiply-adds.
-int threads_for(const LoraParams& p, int64_t width, int threads) {
-  constexpr int64_t kWorthAThread = 1 << 16;
-  const int64_t work = p.num_tokens * p.num_choices * p.r_max * width;
-  return static_cast<int>(std::min<int64_t>(threads, work / kWorthAThread + 1));
+struct Extent {  // bytes
+  const char *begin, *end;
+};
+
+Extent extent_of(const void* data, int64_t rows, int64_t stride, int64_t columns, int64_t bytes) {
+  const char* begin = static_cast<const char*>(data);
+  if (rows == 0 || columns == 0) return {begin, begin};
+  return {begin, begin + ((rows - 1) * stride + columns) * bytes};
 }
+
+bool meet(Extent a, Extent b) { return a.begin < b.end && b.begin < a.end; }
+
+size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 int64_t columns_of(const LoraParams& p) {
   int64_t columns = 0;
   for (int s = 0; s < p.num_slices; ++s) columns += p.B[s].rows;
   return columns;
+}
+
+// y is written while x and the weights are read: they must not share memory, but for columns of one wide matrix.
+void check_memory(const LoraParams& p) {
+  const int64_t bytes = element_size(p.dtype), columns = columns_of(p), row = p.y_stride * bytes;
+  const Extent y = extent_of(p.y, p.num_tokens, p.y_stride, columns, bytes);
+  if (y.begin == y.end) return;
+  if (p.num_tokens > 1 && p.y_stride < columns)
+    throw std::invalid_argument("y must give every element its own memory; its rows overlap (row stride " +
+                                std::to_string(p.y_stride) + " for " + std::to_string(columns) + " columns)");
+  const Extent x = extent_of(p.x, p.num_tokens, p.x_stride, p.d_in, bytes);
+  if (p.x && meet(y, x)) {
+    const int64_t gap = p.x_stride == p.y_stride ? ((x.begin - y.begin) % row + row) % row : 0;
+    if (gap < columns * bytes || gap + p.d_in * bytes > row)
+      throw std::invalid_argument("y must not share memory with x; write to another tensor, or clone x");
+  }
+  for (int s = 0; s < p.num_slices; ++s)
+    for (const auto& [weight, name] : {std::pair{&p.A[s], "A"}, std::pair{&p.B[s], "B"}}) {
+      const int64_t width = weight == &p.A[s] ? p.d_in : p.r_max;
+      if (!weight->data || width == 0 || weight->rows == 0) continue;
+      const int64_t last = (p.num_slots - 1) * weight->slot_stride + (weight->rows - 1) * weight->row_stride + width;
+      if (meet(y, extent_of(weight->data, 1, 0, last, bytes)))
+        throw std::invalid_argument(std::string("y must not share memory with ") + name);
+    }
+}
+
+// Fewer threads for little work: waking one costs about as much as this many multiply-adds.
+int threads_for(const LoraParams& p, int64_t width, int threads) {
+  constexpr int64_t kWorthAThread = 1 << 16;
+  const int64_t work = p.num_tokens * p.num_choices * p.r_max * width;
+  return static_cast<int>(std::min<int64_t>(threads, work / kWorthAThread + 1));
 }
 
 // Tokens per unit of work: few enough to share one slot's tokens between threads, enough to reuse its weights.
@@ -103,7 +141,8 @@ template <typename Visit>
 void for_each_group(const LoraParams& p, const Visit& visit) {
   for (int64_t slot = 0; slot < p.num_slots; ++slot) {
     const int64_t first = p.plan.starts[slot], last = p.plan.starts[slot + 1], rank = rank_of(p, slot);
-    for (int64_t i = first; i < last && rank > 0; i += kUnitTokens) visit(slot, rank, i, std::min(i + kUnitTokens, last));
+    for (int64_t i = first; i < last && rank > 0; i += kUnitTokens)
+      visit(slot, rank, i, std::min(i + kUnitTokens, last));
   }
 }
 
@@ -138,18 +177,18 @@ const uint8_t* served_tokens(const LoraParams& p) {
   std::fill(served, served + p.num_tokens, 0);
   for (int64_t slot = 0; slot < p.num_slots; ++slot)
     if (rank_of(p, slot) > 0)
-      for (int64_t i = p.plan.starts[slot]; i < p.plan.starts[slot + 1]; ++i) served[p.plan.order[i] / p.num_choices] = 1;
+      for (int64_t i = p.plan.starts[slot]; i < p.plan.starts[slot + 1]; ++i)
+        served[p.plan.order[i] / p.num_choices] = 1;
   return served;
 }
-
-size_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 void run_expands(const LoraParams& p, const Variant& variant, int threads) {
   const uint8_t* served = p.num_choices > 1 ? served_tokens(p) : nullptr;
   char* y = static_cast<char*>(p.y);
   for (int s = 0; s < p.num_slices; ++s) {
-    ExpandJob job{&p, &p.B[s], {p.h + s * p.num_tokens * p.num_choices * p.r_max}, 1, true, true, y, p.y_stride,
-                  p.accumulate, served};
+    ExpandJob job{
+        &p,           &p.B[s], {p.h + s * p.num_tokens * p.num_choices * p.r_max}, 1, true, true, y, p.y_stride,
+        p.accumulate, served};
     run_expand(job, variant, p.B[s].rows, threads);
     y += p.B[s].rows * element_size(p.dtype);
   }
@@ -157,27 +196,30 @@ void run_expands(const LoraParams& p, const Variant& variant, int threads) {
 
 int64_t h_size(const LoraParams& p) { return p.num_slices * p.num_tokens * p.num_choices * p.r_max; }
 
-// dscale, dgates, and the factors into h and dh. Sums run over pairs in the order of the plan.
+// dscale, dgates, and the factors into h and dh. Sums run over pairs in the order of the plan, in double: their terms
+// have either sign and cancel.
 void apply_factors(const LoraGradParams& g) {
   const LoraParams& p = g.forward;
   const int64_t pairs = p.num_tokens * p.num_choices;
   for (int64_t slot = 0; slot < p.num_slots; ++slot) {
     const int64_t rank = rank_of(p, slot);
+    double dscale = 0;
     for (int64_t i = p.plan.starts[slot]; i < p.plan.starts[slot + 1]; ++i) {
       const int64_t pair = p.plan.order[i];
       const float factor = factor_of(p, slot, pair);
-      float dot = 0;
+      double dot = 0;
       for (int s = 0; s < p.num_slices; ++s) {
         float *h = p.h + (s * pairs + pair) * p.r_max, *dh = g.dh + (s * pairs + pair) * p.r_max;
         for (int64_t r = 0; r < rank; ++r) {
-          dot += h[r] * dh[r];
+          dot += static_cast<double>(h[r]) * dh[r];
           h[r] *= factor;
           dh[r] *= factor;
         }
       }
-      if (g.dscale) g.dscale[slot] += dot * (p.gates ? p.gates[pair] : 1.0f);
-      if (g.dgates) g.dgates[pair] = dot * (p.scale ? p.scale[slot] : 1.0f);
+      dscale += dot * (p.gates ? p.gates[pair] : 1.0f);
+      if (g.dgates) g.dgates[pair] = static_cast<float>(dot * (p.scale ? p.scale[slot] : 1.0f));
     }
+    if (g.dscale) g.dscale[slot] = static_cast<float>(dscale);
   }
 }
 
@@ -213,12 +255,14 @@ void shrink(LoraParams p, const Indices& indices, int threads) {
 
 void expand(LoraParams p, const Indices& indices, int threads) {
   check_ranks(p);
+  check_memory(p);
   complete_plan(p, indices);
   run_expands(p, variant_for(p.dtype), threads);
 }
 
 void bgmv(LoraParams p, const Indices& indices, int threads) {
   check_ranks(p);
+  check_memory(p);
   complete_plan(p, indices);
   p.h = h_scratch.get(h_size(p));
   const Variant& variant = variant_for(p.dtype);

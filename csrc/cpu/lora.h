@@ -12,8 +12,10 @@ struct Indices {  // (T, K) integers of 4 or 8 bytes
   int64_t bytes, row_stride, column_stride;
 };
 
-// Everything below throws std::invalid_argument for an index that is no slot; nothing has been written then.
-void make_plan(const Indices& indices, int64_t tokens, int64_t choices, int64_t num_slots, int32_t* order, int32_t* starts);
+// Everything below throws std::invalid_argument for an index that is no slot, a rank beyond r_max, or a y that shares
+// memory with an input; nothing has been written then.
+void make_plan(const Indices& indices, int64_t tokens, int64_t choices, int64_t num_slots, int32_t* order,
+               int32_t* starts);
 
 // `params.plan` may be empty: it is then made from `indices`. `params.h` is scratch of the callee where null.
 void shrink(LoraParams params, const Indices& indices, int threads);

@@ -86,8 +86,7 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name,         kPanelColumns, shrink<T>,     expand_scratch, expand<T>,
-          back_scratch, back<T>,       outer_scratch, outer<T>};
+  return {name, kPanelColumns, shrink<T>, expand_scratch, expand<T>, back_scratch, back<T>, outer_scratch, outer<T>};
 }
 
 // One table entry per Dtype, in its order.

@@ -38,7 +38,8 @@ inline void vec_store(f16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void vec_store(bf16* p, Vec a) {
-  const __m512i bits = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_castps_si512(a.v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
@@ -76,8 +77,10 @@ inline void vec_transpose(Vec* r) {
     b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
   }
   for (int j = 0; j < 4; ++j) {  // transpose the 4 x 4 grid of lanes
-    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x44), low23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xEE), high23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xEE);
+    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0x44),
+                 low23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[j + 4], 0xEE),
+                 high23 = _mm512_shuffle_f32x4(b[j + 8], b[j + 12], 0xEE);
     r[j].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
     r[j + 4].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
     r[j + 8].v = _mm512_shuffle_f32x4(high01, high23, 0x88);

@@ -1,4 +1,5 @@
-// The OpenMP runtime that the process already has (torch brings one), found by name: a second one would spin against it.
+// The OpenMP runtime that the process already has (torch brings one), found by name: a second one would spin against
+// it.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -70,20 +70,28 @@ void panel_tile(const float* const* left, const float* panel, int64_t k_size, Ve
 // panel_tile for the last m <= kTileTokens rows.
 inline void panel_tiles(int m, const float* const* left, const float* panel, int64_t k_size, Vec (*acc)[kTileVecs]) {
   switch (m) {
-    case 1: return panel_tile<1>(left, panel, k_size, acc);
-    case 2: return panel_tile<2>(left, panel, k_size, acc);
-    case 3: return panel_tile<kTileTokens < 3 ? kTileTokens : 3>(left, panel, k_size, acc);
-    default: return panel_tile<kTileTokens>(left, panel, k_size, acc);
+    case 1:
+      return panel_tile<1>(left, panel, k_size, acc);
+    case 2:
+      return panel_tile<2>(left, panel, k_size, acc);
+    case 3:
+      return panel_tile < kTileTokens<3 ? kTileTokens : 3>(left, panel, k_size, acc);
+    default:
+      return panel_tile<kTileTokens>(left, panel, k_size, acc);
   }
 }
 
 template <typename T, int M>
 void dot_rows(int n, const T* const* x, const T* w, int64_t w_stride, int64_t d, float* const* out) {
   switch (n) {
-    case 1: return dot_tile(Shape<M, 1>(), x, w, w_stride, d, out);
-    case 2: return dot_tile(Shape<M, 2>(), x, w, w_stride, d, out);
-    case 3: return dot_tile(Shape<M, kTileRows < 3 ? kTileRows : 3>(), x, w, w_stride, d, out);
-    default: return dot_tile(Shape<M, kTileRows>(), x, w, w_stride, d, out);
+    case 1:
+      return dot_tile(Shape<M, 1>(), x, w, w_stride, d, out);
+    case 2:
+      return dot_tile(Shape<M, 2>(), x, w, w_stride, d, out);
+    case 3:
+      return dot_tile(Shape < M, kTileRows<3 ? kTileRows : 3>(), x, w, w_stride, d, out);
+    default:
+      return dot_tile(Shape<M, kTileRows>(), x, w, w_stride, d, out);
   }
 }
 
@@ -91,10 +99,14 @@ void dot_rows(int n, const T* const* x, const T* w, int64_t w_stride, int64_t d,
 template <typename T>
 void dot_tiles(int m, int n, const T* const* x, const T* w, int64_t w_stride, int64_t d, float* const* out) {
   switch (m) {
-    case 1: return dot_rows<T, 1>(n, x, w, w_stride, d, out);
-    case 2: return dot_rows<T, 2>(n, x, w, w_stride, d, out);
-    case 3: return dot_rows<T, kTileTokens < 3 ? kTileTokens : 3>(n, x, w, w_stride, d, out);
-    default: return dot_rows<T, kTileTokens>(n, x, w, w_stride, d, out);
+    case 1:
+      return dot_rows<T, 1>(n, x, w, w_stride, d, out);
+    case 2:
+      return dot_rows<T, 2>(n, x, w, w_stride, d, out);
+    case 3:
+      return dot_rows < T, kTileTokens<3 ? kTileTokens : 3>(n, x, w, w_stride, d, out);
+    default:
+      return dot_rows<T, kTileTokens>(n, x, w, w_stride, d, out);
   }
 }
 

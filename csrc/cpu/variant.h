@@ -13,7 +13,7 @@ struct ShrinkUnit {
 // out[t][column] (+)= sum over weights w and pairs of t of factor * left_w[pair] . weight_w[slot], for some columns.
 struct ExpandJob {
   const LoraParams* params;
-  const Weight* weights;  // B: rows are output columns; A: rows are ranks
+  const Weight* weights;          // B: rows are output columns; A: rows are ranks
   const float* left[kMaxSlices];  // (T * K, r_max) per weight
   int num_weights;
   bool by_columns;   // weight rows run along the rank (B), or along the output (A)

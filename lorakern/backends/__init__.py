@@ -71,4 +71,6 @@ def select(op: str, device_type: str):
         if backend.missing() is None:
             return backend
     reasons = "; ".join(f"{backend.NAME}: {backend.missing()}" for backend in candidates)
-    raise LorakernError(f"{op}: no backend for {device_type} tensors ({reasons}). use_backend('reference') works anywhere")
+    raise LorakernError(
+        f"{op}: no backend for {device_type} tensors ({reasons}). use_backend('reference') works anywhere"
+    )

@@ -1,13 +1,14 @@
 """The specification: every op in a few lines of plain PyTorch, computed in float64 and rounded once at the end.
 
-Slow on purpose and meant to be checked by eye; every other backend is tested against it. Shapes: x (T, d_in),
-A[s] (slots, r_max, d_in), B[s] (slots, d_out, r_max) for slice s, indices (T, K), ranks and scale (slots,), gates (T, K).
+Slow on purpose and meant to be checked by eye; every other backend is tested against it.
+Shapes: x (T, d_in), A[s] (slots, r_max, d_in) and B[s] (slots, d_out, r_max) for slice s, indices and gates (T, K),
+ranks and scale (slots,).
 """
 
 import torch
 
 NAME = "reference"
-CHECKS_VALUES = False
+VALIDATES = False
 
 
 def missing():

@@ -117,9 +117,9 @@ def check_output(op, name, y, tokens, columns, y_offset, dtype, device):
         fail(op, name, f"have at least y_offset + sum of d_out = {y_offset} + {columns} columns", describe(y))
 
 
-def check_values(op, backend, indices, slots, ranks, r_max):
+def check_values(op, indices, slots, ranks, r_max):
     """Index and rank values; reads them on the host, so on a GPU only in debug mode (LORAKERN_DEBUG=1)."""
-    if backend.CHECKS_VALUES or (indices.device.type != "cpu" and not DEBUG):
+    if indices.device.type != "cpu" and not DEBUG:
         return
     if indices.numel():
         low, high = (int(v) for v in indices.aminmax())
@@ -152,11 +152,14 @@ def _interleaved(y, other):
 
 
 def check_overlap(op, y, others):
-    """y is written while `others` ((name, tensor), ...) are read, so none may share memory with it, nor y with itself."""
+    """y is written while `others`, (name, tensor) pairs, are read: none may share memory with it, nor y with itself."""
     if y.numel() == 0:
         return
-    if any(stride == 0 and size > 1 for size, stride in zip(y.shape, y.stride(), strict=True)):
-        fail(op, "y", "give every element its own memory", f"strides {y.stride()} for shape {tuple(y.shape)}")
+    reach = 0
+    for stride, size in sorted(zip(y.stride(), y.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            fail(op, "y", "give every element its own memory", f"strides {y.stride()} for shape {tuple(y.shape)}")
+        reach += stride * (size - 1)
     start, stop = _extent(y)
     for name, other in others:
         if other.numel() == 0:
@@ -164,3 +167,14 @@ def check_overlap(op, y, others):
         other_start, other_stop = _extent(other)
         if start < other_stop and other_start < stop and not _interleaved(y, other):
             fail(op, "y", f"not share memory with {name}", "overlapping memory (write to another tensor, or clone)")
+
+
+def validate(op, backend, y, y_offset, x, A, B, indices, ranks, slots, r_max):
+    """The checks of memory and values that a backend does not do itself: those that need real tensors."""
+    if backend.VALIDATES and (y is None or y.stride(1) == 1) and (x is None or x.stride(1) == 1):
+        return
+    if y is not None:
+        target = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+        named = [("x", [] if x is None else [x]), ("A", A), ("B", B)]
+        check_overlap(op, target, [(name, tensor) for name, tensors in named for tensor in tensors])
+    check_values(op, indices, slots, ranks, r_max)

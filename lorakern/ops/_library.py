@@ -26,3 +26,9 @@ def define(schema, fake):
 def backend_for(op, tensor):
     """The backend module that runs `op` for tensors that live where this one does."""
     return select(op, tensor.device.type)
+
+
+def mark_written(tensor):
+    """Tell autograd that a kernel changed this tensor, so that a backward which needs its old values refuses to run."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)

@@ -3,7 +3,7 @@
 import torch
 
 from lorakern.ops import _checks as check
-from lorakern.ops._library import backend_for, define
+from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.plan import check_plan
 from lorakern.ops.shrink_expand import _dims, check_accumulation, check_d_in
 
@@ -14,9 +14,9 @@ _PLAN = "Tensor? order, Tensor? starts"
 @define(f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate) -> ()", lambda *_: None)
 def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
     backend = backend_for("bgmv", x)
-    check.check_overlap("bgmv", y, [("x", x), *(("A", a) for a in A), *(("B", b) for b in B)])
-    check.check_values("bgmv", backend, indices, A[0].shape[0], ranks, A[0].shape[1])
+    check.validate("bgmv", backend, y, y_offset, x, A, B, indices, ranks, *A[0].shape[:2])
     backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    mark_written(y)
 
 
 def _fake_delta(x, A, B, *_):
@@ -26,20 +26,26 @@ def _fake_delta(x, A, B, *_):
 @define(f"lora_delta({_LORA}, {_PLAN}) -> Tensor", _fake_delta)
 def _lora_delta(x, A, B, indices, scale, ranks, gates, order, starts):
     backend = backend_for("bgmv", x)
-    check.check_values("lora_delta", backend, indices, A[0].shape[0], ranks, A[0].shape[1])
+    check.validate("lora_delta", backend, None, 0, x, A, B, indices, ranks, *A[0].shape[:2])
     y = x.new_zeros(x.shape[0], sum(b.shape[1] for b in B))
     backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, 0, False)
     return y
 
 
+def _gradient_like(tensor, x):
+    """An op returns a tensor for every output: an empty one where there is no input to differentiate by."""
+    if tensor is None:
+        return x.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _fake_backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
-    nothing = x.new_empty(0, dtype=torch.float32)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         [torch.empty_like(a, memory_format=torch.contiguous_format) for a in A],
         [torch.empty_like(b, memory_format=torch.contiguous_format) for b in B],
-        nothing if scale is None else torch.empty_like(scale, memory_format=torch.contiguous_format),
-        nothing if gates is None else torch.empty_like(gates, memory_format=torch.contiguous_format),
+        _gradient_like(scale, x),
+        _gradient_like(gates, x),
     )
 
 
@@ -50,8 +56,13 @@ def _lora_delta_backward(dy, x, A, B, indices, scale, ranks, gates, order, start
     dx, dA, dB, dscale, dgates = backend_for("backward", x).backward(
         dy, x, A, B, indices, scale, ranks, gates, order, starts
     )
-    nothing = x.new_empty(0, dtype=torch.float32)
-    return dx, dA, dB, nothing if dscale is None else dscale, nothing if dgates is None else dgates
+    return (
+        dx,
+        dA,
+        dB,
+        _gradient_like(None, x) if scale is None else dscale,
+        _gradient_like(None, x) if gates is None else dgates,
+    )
 
 
 def _save_inputs(ctx, inputs, output):
@@ -197,7 +208,9 @@ def sgmv(y, x, A, B, seg_starts, slots, *, scale=None, ranks=None, y_offset=0, a
         if tensor.device != x.device:
             check.fail("sgmv", name, f"be on {x.device} like x", check.describe(tensor))
     if seg_starts.shape[0] != slots.shape[0] + 1:
-        check.fail("sgmv", "seg_starts", f"have one element more than slots ({slots.shape[0]})", check.describe(seg_starts))
+        check.fail(
+            "sgmv", "seg_starts", f"have one element more than slots ({slots.shape[0]})", check.describe(seg_starts)
+        )
     indices = torch.ops.lorakern.segment_indices(seg_starts, slots, x.shape[0])
     arguments = _normalised("sgmv", x, A, B, indices, scale, ranks, None, None)
     return _bgmv_checked("sgmv", y, arguments, y_offset, accumulate)
@@ -210,7 +223,7 @@ def sgmv(y, x, A, B, seg_starts, slots, *, scale=None, ranks=None, y_offset=0, a
 def _segment_indices(seg_starts, slots, tokens):
     if seg_starts.device.type == "cpu" or check.DEBUG:
         values = seg_starts.tolist()
-        if values[0] < 0 or values[-1] > tokens or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        if values[0] < 0 or values[-1] > tokens or values != sorted(values):
             takes = f"not decrease and lie between 0 and the rows of x ({tokens})"
             check.fail("sgmv", "seg_starts", takes, f"{values[:8]}")
     if slots.shape[0] == 0:

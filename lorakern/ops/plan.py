@@ -27,7 +27,8 @@ def _fake_plan(indices, num_slots):
 @define("plan(Tensor indices, SymInt num_slots) -> (Tensor, Tensor)", _fake_plan)
 def _plan(indices, num_slots):
     backend = backend_for("plan", indices)
-    check.check_values("plan", backend, indices, num_slots, None, None)
+    if not backend.VALIDATES:
+        check.check_values("plan", indices, num_slots, None, None)
     return backend.plan(indices, num_slots)
 
 

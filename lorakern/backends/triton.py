@@ -1,0 +1,69 @@
+"""The Triton backend: any GPU from sm_80 on, or CPU tensors in Triton's interpreter (for tests)."""
+
+from importlib.util import find_spec
+
+import torch
+
+from lorakern.errors import LorakernError
+
+NAME = "triton"
+VALIDATES = False
+
+
+def missing():
+    """None, or why this backend cannot run here. Triton itself is imported by the first kernel, not here."""
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and not _kernels().INTERPRET:
+        return "needs a CUDA device or TRITON_INTERPRET=1"
+    return None
+
+
+def plan(indices, num_slots):
+    """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32, made on the device."""
+    slots = indices.reshape(-1)
+    slots = torch.where((slots < 0) | (slots >= num_slots), num_slots, slots)
+    by_slot, order = torch.sort(slots, stable=True)
+    bounds = torch.arange(num_slots + 1, dtype=by_slot.dtype, device=by_slot.device)
+    return order.int(), torch.searchsorted(by_slot, bounds, out_int32=True)
+
+
+def shrink(h, x, A, indices, ranks, order, starts):
+    """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
+    _check(x)
+    if order is None:
+        order, starts = plan(indices, A[0].shape[0])
+    _kernels().shrink(h, x, A, indices.shape[1], ranks, order, starts)
+
+
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """y[t] (+)= sum_k gates[t, k] * scale[i] * B[i, :, :r] @ h[t, k, :r], slices side by side from y_offset."""
+    _check(y)
+    if order is None and indices.shape[1] == 1:
+        order, starts = plan(indices, B[0].shape[0])
+    columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+    _kernels().expand(columns, h, B, indices, scale, ranks, gates, order, starts, accumulate)
+
+
+def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """expand(y, shrink(x)) in two launches."""
+    _check(x)
+    if order is None:
+        order, starts = plan(indices, A[0].shape[0])
+    h = torch.empty(len(A), *indices.shape, A[0].shape[1], dtype=torch.float32, device=x.device)
+    shrink(h, x, A, indices, ranks, order, starts)
+    expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+
+
+def _kernels():
+    """The kernels, imported at the first use: triton may be absent, and its import takes a second."""
+    from lorakern import triton_kernels
+
+    return triton_kernels
+
+
+def _check(tensor):
+    if tensor.dtype == torch.float64:
+        raise LorakernError("the triton backend takes float16, bfloat16 or float32; got float64")
+    if tensor.device.type != "cuda" and not _kernels().INTERPRET:
+        raise LorakernError(f"the triton backend takes CUDA tensors unless TRITON_INTERPRET=1; got {tensor.device}")

@@ -1,0 +1,25 @@
+"""Shared test set-up: uninitialised memory is NaN, so that reading or leaving it shows."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty and friends hand out NaN (and the largest integer) instead of what happened to be there."""
+    fill, deterministic = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

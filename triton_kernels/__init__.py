@@ -1,0 +1,17 @@
+"""Portable GPU kernels in Triton (sm_80 and up), one file per op family; imported as lorakern.triton_kernels.
+
+`configs.py` is the table of shipped configurations, `common.py` what the kernels share, `aot.py` compiles every
+configuration without a GPU. Kernels get tensors and numbers; they check nothing and know nothing of the package.
+"""
+
+if __name__ == "triton_kernels":
+    raise ImportError(
+        "this folder is lorakern.triton_kernels; it is not the triton_kernels package of OpenAI. "
+        "Import lorakern, or remove lorakern's checkout from sys.path"
+    )
+
+from .common import INTERPRET
+from .expand import expand
+from .shrink import shrink
+
+__all__ = ["INTERPRET", "expand", "shrink"]
