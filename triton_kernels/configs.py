@@ -14,7 +14,7 @@ BLOCK_M = 16
 # bytes of shared memory a block may use on sm_86, sm_89 and sm_120, the smallest of sm_80 and up
 SHARED_LIMIT = 99 * 1024
 # bytes a thread may spill: ptxas gives up a few scalars for occupancy, more is a tile that is too large
-SPILL_LIMIT = 32
+SPILL_LIMIT = 64
 
 
 @dataclass(frozen=True)

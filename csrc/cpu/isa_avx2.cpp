@@ -1,6 +1,7 @@
 // The units of work compiled for avx2; setup.py gives this file its compiler flags.
-#include "lora_backward.h"
 #include "simd_avx2.h"
+
+#include "lora_backward.h"
 
 namespace lorakern {
 extern const Variant kVariants_avx2[3];

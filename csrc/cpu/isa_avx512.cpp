@@ -1,6 +1,7 @@
 // The units of work compiled for avx512; setup.py gives this file its compiler flags.
-#include "lora_backward.h"
 #include "simd_avx512.h"
+
+#include "lora_backward.h"
 
 namespace lorakern {
 extern const Variant kVariants_avx512[3];

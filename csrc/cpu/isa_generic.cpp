@@ -1,6 +1,7 @@
 // The units of work compiled for generic; setup.py gives this file its compiler flags.
-#include "lora_backward.h"
 #include "simd_generic.h"
+
+#include "lora_backward.h"
 
 namespace lorakern {
 extern const Variant kVariants_generic[3];

@@ -31,16 +31,24 @@ void shrink(const LoraParams& p, const ShrinkUnit& u) {
   }
 }
 
-// out (+)= value for `live` columns of a row.
-template <typename T>
-void add_row(T* out, const Vec* value, float factor, int64_t live, bool accumulate) {
+// out (+)= factor * value for kWidth columns, or the first `live` of them.
+template <typename D>
+ALWAYS_INLINE void add_vec(D* out, Vec value, float factor, bool accumulate) {
+  vec_store(out, vec_fma(vec_set(factor), value, accumulate ? vec_load(out) : vec_zero()));
+}
+template <typename D>
+void add_vec_n(D* out, Vec value, float factor, bool accumulate, int live) {
+  vec_store_n(out, vec_fma(vec_set(factor), value, accumulate ? vec_load_n(out, live) : vec_zero()), live);
+}
+
+// The same for `live` <= kPanelColumns columns.
+template <typename D>
+void add_row(D* out, const Vec* value, float factor, int64_t live, bool accumulate) {
   for (int v = 0; v < kTileVecs && live > 0; ++v, live -= kWidth, out += kWidth) {
-    if (live >= kWidth) {
-      vec_store(out, vec_fma(vec_set(factor), value[v], accumulate ? vec_load(out) : vec_zero()));
-    } else {
-      const int n = static_cast<int>(live);
-      vec_store_n(out, vec_fma(vec_set(factor), value[v], accumulate ? vec_load_n(out, n) : vec_zero()), n);
-    }
+    if (live >= kWidth)
+      add_vec(out, value[v], factor, accumulate);
+    else
+      add_vec_n(out, value[v], factor, accumulate, static_cast<int>(live));
   }
 }
 
@@ -56,35 +64,78 @@ inline int64_t expand_scratch(const ExpandJob& job, int64_t columns) {
   return job.params->r_max * kPanelColumns + sum_tokens(job, columns) * columns;
 }
 
-// The pairs of one slot that lie in [first, last) of `order`, against one range of columns.
-// sums is null where every token gets one term: out is then written directly.
-template <typename T>
-void expand_slot(const ExpandJob& job, int w, int64_t slot, int64_t first, int64_t last, int64_t begin, int64_t end,
-                 float* panel, float* sums, int64_t first_token) {
+// Where the terms of a range of columns go: the output itself, or float32 sums where a token may get several terms.
+template <typename D>
+struct Target {
+  D* data;  // row of first_token, first column of the range
+  int64_t stride, first_token, width;
+  bool accumulate;
+};
+
+// One slot's weight rows against the range of columns of M of its tokens, without packing.
+template <int M, typename T, typename D>
+void expand_directly(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
+                     const float* factor, int64_t width, bool accumulate) {
+  constexpr int V = 3 - M;  // two sums in flight at least, to hide the latency of one
+  constexpr int64_t kStep = V * kWidth;
+  int64_t c = 0;
+  Vec acc[M][V];
+  for (; c + kStep <= width; c += kStep, rows += kStep * stride) {
+    direct_tile<true, M, V>(left, rows, stride, rank, kStep, acc);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) add_vec(out[m] + c + v * kWidth, acc[m][v], factor[m], accumulate);
+  }
+  if (c < width) {
+    const int live = static_cast<int>(width - c);
+    Vec row[kTileVecs];
+    direct_tile<false, M, V>(left, rows, stride, rank, live, acc);
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < V; ++v) row[v] = acc[m][v];
+      add_row(out[m] + c, row, factor[m], live, accumulate);
+    }
+  }
+}
+
+// `count` pairs of one slot, against the columns of weight w that begin at `begin`.
+template <typename T, typename D>
+void expand_slot(const ExpandJob& job, int w, int64_t slot, const int32_t* pairs, int64_t count, int64_t begin,
+                 const Target<D>& target, float* panel) {
   const LoraParams& p = *job.params;
   const Weight& weight = job.weights[w];
-  const T* rows = static_cast<const T*>(weight.data) + slot * weight.slot_stride;
-  const int64_t rank = rank_of(p, slot), width = end - begin;
-  for (int64_t column = begin; column < end; column += kPanelColumns) {
-    const int64_t live = end - column < kPanelColumns ? end - column : kPanelColumns;
-    if (job.by_columns)
-      pack_columns(rows + column * weight.row_stride, weight.row_stride, rank, live, panel);
+  const int64_t rank = rank_of(p, slot), stride = weight.row_stride, width = target.width;
+  const T* rows =
+      static_cast<const T*>(weight.data) + slot * weight.slot_stride + begin * (job.by_columns ? stride : 1);
+  const float* left[kTileTokens];
+  D* out[kTileTokens];
+  float factor[kTileTokens];
+  const auto take = [&](const int32_t* some, int m) {
+    for (int j = 0; j < m; ++j) {
+      const int64_t pair = some[j], token = p.num_choices == 1 ? pair : pair / p.num_choices;
+      left[j] = job.left[w] + pair * p.r_max;
+      out[j] = target.data + (token - target.first_token) * target.stride;
+      factor[j] = job.use_factors ? factor_of(p, slot, pair) : 1.0f;
+    }
+  };
+  if (job.by_columns && count <= 2) {
+    take(pairs, static_cast<int>(count));
+    if (count == 1)
+      expand_directly<1>(rows, stride, rank, left, out, factor, width, target.accumulate);
     else
-      pack_rows<T>([&](int64_t k) { return rows + k * weight.row_stride + column; }, rank, live, panel);
-    for (int64_t i = first; i < last; i += kTileTokens) {
-      const int m = static_cast<int>(last - i < kTileTokens ? last - i : kTileTokens);
-      const float* left[kTileTokens];
-      for (int j = 0; j < m; ++j) left[j] = job.left[w] + p.plan.order[i + j] * p.r_max;
+      expand_directly<2>(rows, stride, rank, left, out, factor, width, target.accumulate);
+    return;
+  }
+  for (int64_t c = 0; c < width; c += kPanelColumns) {
+    const int64_t live = width - c < kPanelColumns ? width - c : kPanelColumns;
+    if (job.by_columns)
+      pack_columns(rows + c * stride, stride, rank, live, panel);
+    else
+      pack_rows<T>([&](int64_t k) { return rows + k * stride + c; }, rank, live, panel);
+    for (int64_t i = 0; i < count; i += kTileTokens) {
+      const int m = static_cast<int>(count - i < kTileTokens ? count - i : kTileTokens);
+      take(pairs + i, m);
       Vec acc[kTileTokens][kTileVecs];
       panel_tiles(m, left, panel, rank, acc);
-      for (int j = 0; j < m; ++j) {
-        const int64_t pair = p.plan.order[i + j], token = pair / p.num_choices;
-        const float factor = job.use_factors ? factor_of(p, slot, pair) : 1.0f;
-        if (sums)
-          add_row(sums + (token - first_token) * width + column - begin, acc[j], factor, live, true);
-        else
-          add_row(static_cast<T*>(job.out) + token * job.out_stride + column, acc[j], factor, live, job.accumulate);
-      }
+      for (int j = 0; j < m; ++j) add_row(out[j] + c, acc[j], factor[j], live, target.accumulate);
     }
   }
 }
@@ -95,34 +146,35 @@ void expand(const ExpandJob& job, int64_t begin, int64_t end, float* scratch) {
   const int32_t *order = p.plan.order, *starts = p.plan.starts;
   float *panel = scratch, *sums = scratch + p.r_max * kPanelColumns;
   const int64_t width = end - begin, block = sum_tokens(job, width);
+  T* out = static_cast<T*>(job.out) + begin;
   if (block == 0) {
+    const Target<T> target{out, job.out_stride, 0, width, job.accumulate};
     for (int64_t slot = 0; slot < p.num_slots; ++slot)
       if (starts[slot] < starts[slot + 1] && rank_of(p, slot) > 0)
-        expand_slot<T>(job, 0, slot, starts[slot], starts[slot + 1], begin, end, panel, nullptr, 0);
+        expand_slot<T>(job, 0, slot, order + starts[slot], starts[slot + 1] - starts[slot], begin, target, panel);
     return;
   }
   // Terms of a token are added in ascending order of slot, then of weight: the same in every batch.
   for (int64_t token = 0; token < p.num_tokens; token += block) {
     const int64_t stop = token + block < p.num_tokens ? token + block : p.num_tokens;
     for (int64_t i = 0; i < (stop - token) * width; ++i) sums[i] = 0;
+    const Target<float> target{sums, width, token, width, true};
     for (int64_t slot = 0; slot < p.num_slots; ++slot) {
       if (rank_of(p, slot) == 0) continue;
       int64_t first = starts[slot], last = starts[slot + 1];
       while (first < last && order[first] < token * p.num_choices) ++first;
       while (first < last && order[last - 1] >= stop * p.num_choices) --last;
       for (int w = 0; w < job.num_weights && first < last; ++w)
-        expand_slot<T>(job, w, slot, first, last, begin, end, panel, sums, token);
+        expand_slot<T>(job, w, slot, order + first, last - first, begin, target, panel);
     }
     for (int64_t t = token; t < stop; ++t) {
       if (!job.served[t]) continue;
-      T* out = static_cast<T*>(job.out) + t * job.out_stride + begin;
       const float* sum = sums + (t - token) * width;
-      for (int64_t c = 0; c < width; c += kWidth) {
-        const int64_t live = width - c;
-        const Vec value = live >= kWidth ? vec_load(sum + c) : vec_load_n(sum + c, static_cast<int>(live));
-        const Vec one[kTileVecs] = {value};
-        add_row(out + c, one, 1.0f, live < kWidth ? live : kWidth, job.accumulate);
-      }
+      T* row = out + t * job.out_stride;
+      int64_t c = 0;
+      for (; c + kWidth <= width; c += kWidth) add_vec(row + c, vec_load(sum + c), 1.0f, job.accumulate);
+      const int rest = static_cast<int>(width - c);
+      if (rest > 0) add_vec_n(row + c, vec_load_n(sum + c, rest), 1.0f, job.accumulate, rest);
     }
   }
 }

@@ -3,6 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace {
 
 struct f16 {

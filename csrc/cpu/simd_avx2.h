@@ -47,7 +47,7 @@ inline void vec_store(bf16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
-// The first n < kWidth elements; the rest of the vector is zero, the rest of memory untouched.
+// The first n <= kWidth elements; the rest of the vector is zero, the rest of memory untouched.
 template <typename T>
 inline Vec vec_load_n(const T* p, int n) {
   T padded[kWidth] = {};
@@ -78,6 +78,17 @@ inline void vec_transpose(Vec* r) {
     r[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
     r[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
   }
+}
+
+// A block of kWidth rows by `depth` <= kWidth columns, transposed to float32: columns[k] holds column k of all rows.
+// Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
+template <bool kFull, typename T>
+ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth, Vec* columns) {
+  for (int i = 0; i < kWidth; ++i) {
+    const T* row = rows + i * stride;
+    columns[i] = kFull ? vec_load(row) : i < live ? vec_load_n(row, depth) : vec_zero();
+  }
+  vec_transpose(columns);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

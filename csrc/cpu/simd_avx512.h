@@ -47,7 +47,7 @@ inline void vec_store(bf16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
 
-// The first n < kWidth elements; the rest of the vector is zero, the rest of memory untouched.
+// The first n <= kWidth elements; the rest of the vector is zero, the rest of memory untouched.
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 inline __m256i load_16_n(const void* p, int n) { return _mm256_maskz_loadu_epi16(first(n), p); }
 inline Vec vec_load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
@@ -85,6 +85,53 @@ inline void vec_transpose(Vec* r) {
     r[j + 4].v = _mm512_shuffle_f32x4(low01, low23, 0xDD);
     r[j + 8].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
     r[j + 12].v = _mm512_shuffle_f32x4(high01, high23, 0xDD);
+  }
+}
+
+// The low and the high half of each 32-bit lane as float32.
+inline void widen_pairs(bf16, __m512i pairs, Vec* out) {
+  out[0].v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  out[1].v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))));
+}
+inline void widen_pairs(f16, __m512i pairs, Vec* out) {
+  out[0].v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  out[1].v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+}
+
+// A block of 16 rows by `depth` <= 16 columns, transposed to float32: columns[k] holds column k of all rows.
+// Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
+template <bool kFull, typename T>
+ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth, Vec* columns) {
+  if constexpr (sizeof(T) == 4) {
+    for (int i = 0; i < 16; ++i) {
+      const T* row = rows + i * stride;
+      columns[i] = kFull ? vec_load(row) : i < live ? vec_load_n(row, depth) : vec_zero();
+    }
+    vec_transpose(columns);
+  } else {  // transpose pairs of 16-bit numbers as 32-bit lanes: half the shuffles; widen afterwards
+    __m512i a[8], b[8];
+    const auto row = [&](int i) ALWAYS_INLINE_LAMBDA {
+      const T* p = rows + i * stride;
+      return kFull ? load_16(p) : i < live ? load_16_n(p, depth) : _mm256_setzero_si256();
+    };
+    for (int i = 0; i < 8; ++i) a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(i)), row(i + 8), 1);
+    for (int i = 0; i < 8; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13),
+                  high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; ++i) {
+      b[i] = _mm512_permutex2var_epi64(a[i], low, a[i + 4]);
+      b[i + 4] = _mm512_permutex2var_epi64(a[i], high, a[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) widen_pairs(T(), b[i], columns + 2 * i);
   }
 }
 

@@ -30,7 +30,7 @@ inline void vec_store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
 }
 
-// The first n < kWidth elements; the rest of the vector is zero, the rest of memory untouched.
+// The first n <= kWidth elements; the rest of the vector is zero, the rest of memory untouched.
 template <typename T>
 inline Vec vec_load_n(const T* p, int n) {
   T padded[kWidth] = {};
@@ -52,6 +52,17 @@ inline void vec_transpose(Vec* rows) {
       rows[i].v[j] = rows[j].v[i];
       rows[j].v[i] = other;
     }
+}
+
+// A block of kWidth rows by `depth` <= kWidth columns, transposed to float32: columns[k] holds column k of all rows.
+// Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
+template <bool kFull, typename T>
+ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth, Vec* columns) {
+  for (int i = 0; i < kWidth; ++i) {
+    const T* row = rows + i * stride;
+    columns[i] = kFull ? vec_load(row) : i < live ? vec_load_n(row, depth) : vec_zero();
+  }
+  vec_transpose(columns);
 }
 
 inline void prefetch(const void* p) { __builtin_prefetch(p); }

@@ -128,16 +128,43 @@ void pack_rows(Row row, int64_t k_size, int64_t columns, float* panel) {
 template <typename T>
 void pack_columns(const T* rows, int64_t stride, int64_t k_size, int64_t columns, float* panel) {
   for (int v = 0; v < kTileVecs; ++v) {
-    const int64_t live = columns - v * kWidth;
+    const int live = static_cast<int>(columns - v * kWidth);
     for (int64_t k = 0; k < k_size; k += kWidth) {
       const int depth = k_size - k < kWidth ? static_cast<int>(k_size - k) : kWidth;
-      Vec block[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        const T* source = rows + (v * kWidth + i) * stride + k;
-        block[i] = i >= live ? vec_zero() : depth == kWidth ? vec_load(source) : vec_load_n(source, depth);
-      }
-      vec_transpose(block);
-      for (int i = 0; i < depth; ++i) vec_store(panel + (k + i) * kPanelColumns + v * kWidth, block[i]);
+      const T* block = rows + v * kWidth * stride + k;
+      float* out = panel + k * kPanelColumns + v * kWidth;
+      Vec column[kWidth];
+      if (depth == kWidth && live >= kWidth)
+        load_block<true>(block, stride, kWidth, kWidth, column);
+      else
+        load_block<false>(block, stride, live, depth, column);
+      for (int i = 0; i < depth; ++i) vec_store(out + i * kPanelColumns, column[i]);
+    }
+  }
+}
+
+// What panel_tile computes from pack_columns, for V * kWidth columns and without the panel: for few tokens, where
+// packing would cost more than the sums. The order of additions is the same.
+template <bool kFull, int M, int V, typename T>
+ALWAYS_INLINE void direct_tile(const float* const* left, const T* rows, int64_t stride, int64_t k_size, int live,
+                               Vec (*acc)[V]) {
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = vec_zero();
+  for (int64_t k = 0; k < k_size; k += kWidth) {
+    Vec column[V][kWidth];
+    const int depth = k_size - k < kWidth ? static_cast<int>(k_size - k) : kWidth;
+    if (depth == kWidth) {
+      for (int v = 0; v < V; ++v)
+        load_block<kFull>(rows + k + v * kWidth * stride, stride, live - v * kWidth, kWidth, column[v]);
+      for (int i = 0; i < kWidth; ++i)
+        for (int m = 0; m < M; ++m)
+          for (int v = 0; v < V; ++v) acc[m][v] = vec_fma(vec_set(left[m][k + i]), column[v][i], acc[m][v]);
+    } else {
+      for (int v = 0; v < V; ++v)
+        load_block<false>(rows + k + v * kWidth * stride, stride, live - v * kWidth, depth, column[v]);
+      for (int i = 0; i < depth; ++i)
+        for (int m = 0; m < M; ++m)
+          for (int v = 0; v < V; ++v) acc[m][v] = vec_fma(vec_set(left[m][k + i]), column[v][i], acc[m][v]);
     }
   }
 }

@@ -1,0 +1,124 @@
+"""`python -m benchmarks.skills`: train the skill adapters, score them, list them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks.skills.recipes import RECIPES
+from benchmarks.skills.tasks import held_out_items
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console()
+HERE = Path(__file__).parent
+ADAPTERS = HERE / "adapters"
+SCORES = HERE / "scores.json"
+Names = Annotated[list[str] | None, typer.Argument(metavar="[SKILL]...", help="Skills to work on; all by default.")]
+
+
+def _chosen(names: list[str] | None) -> list[str]:
+    unknown = [name for name in names or [] if name not in RECIPES]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}; it takes {', '.join(RECIPES)}")
+    return names or list(RECIPES)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@app.command()
+def train(
+    names: Names = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+    runs: Annotated[Path, typer.Option(help="Where checkpoints live; a killed run continues from there.")] = Path(
+        "runs"
+    ),
+) -> None:
+    """Train adapters and export them to benchmarks/skills/adapters."""
+    from benchmarks.skills.train import export
+    from benchmarks.skills.train import train as train_skill
+    from lorakern.integrations import smollm2
+
+    if threads:
+        torch.set_num_threads(threads)
+    for name in _chosen(names):
+        recipe = RECIPES[name]
+        model, tokenizer = smollm2.load(torch.bfloat16)
+        # On a CPU the fused attention's backward is slower than plain matmuls at these lengths.
+        model.set_attn_implementation("eager")
+        with _progress() as progress:
+            bar = progress.add_task(name, total=recipe.steps, note="")
+
+            def report(step: int, loss: float, exact: float, progress=progress, bar=bar, name=name) -> None:
+                note = f"loss {loss:.3f} exact {exact:.2f}"
+                progress.update(bar, completed=step, note=note)
+                if step % 25 == 0:
+                    progress.console.print(f"{name} step {step} {note}")
+
+            adapter = train_skill(name, recipe, model, tokenizer, run_dir=runs / name, device=device, report=report)
+        export(adapter, ADAPTERS / name)
+        console.print(f"{name}: exported to {ADAPTERS / name}")
+
+
+@app.command("eval")
+def evaluate(
+    names: Names = None,
+    count: Annotated[int, typer.Option(help="Held-out items a skill.")] = 200,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Score the adapters on held-out items; writes scores.json, scores.md and adapters/prompts.json."""
+    from benchmarks.skills.evaluate import demo_prompts, score, table
+    from lorakern.integrations import smollm2
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = _chosen(names)
+    model, tokenizer = smollm2.load()
+    with _progress() as progress:
+        for name in chosen:
+            bar = progress.add_task(name, total=2 * count, note="")
+            row = score(
+                model,
+                tokenizer,
+                name,
+                ADAPTERS / name,
+                count=count,
+                on_batch=lambda done, bar=bar: progress.update(bar, completed=done),
+            )
+            progress.update(bar, note=f"base {row['base_exact_match']:.1%} adapter {row['adapter_exact_match']:.1%}")
+            scores = (json.loads(SCORES.read_text()) if SCORES.exists() else {}) | {name: row}
+            scores = {skill: scores[skill] for skill in RECIPES if skill in scores}
+            SCORES.write_text(json.dumps(scores, indent=2) + "\n")
+    SCORES.with_suffix(".md").write_text(table(scores))
+    (ADAPTERS / "prompts.json").write_text(json.dumps(demo_prompts(list(scores)), indent=2) + "\n")
+
+
+@app.command("list")
+def list_skills() -> None:
+    """Show every skill, its adapter's shape and one held-out item."""
+    table = Table("skill", "rank", "alpha", "targets", "prompt", "answer")
+    for name, recipe in RECIPES.items():
+        prompt, answer = held_out_items(name, 1)[0]
+        targets = " ".join(target.removesuffix("_proj") for target in recipe.targets)
+        table.add_row(name, str(recipe.rank), str(recipe.alpha), targets, prompt, answer)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
