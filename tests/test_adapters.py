@@ -426,7 +426,6 @@ def test_mapping_pickle_and_repr(tmp_path):
     assert repr(adapter) == "LoraAdapter(2 modules, rank 2, base None, path None)"
 
 
-@pytest.mark.skip(reason="to be enabled when the adapters of benchmarks/skills are committed")
 def test_eight_adapters_are_shipped():
     assert len(SHIPPED) >= 8
 

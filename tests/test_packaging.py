@@ -60,7 +60,7 @@ def copy_of_the_sources(tmp_path_factory):
     return tree
 
 
-BUILDERS = ("setuptools", "wheel", "pybind11", "pkg_resources", "packaging")
+BUILDERS = ("setuptools", "distutils-precedence", "distutils_hack", "wheel", "pybind11", "packaging")
 USERS = (
     *("torch", "torchgen", "functorch", "numpy", "safetensors", "filelock", "typing_extensions", "sympy", "mpmath"),
     *("networkx", "jinja2", "markupsafe", "fsspec", "setuptools"),

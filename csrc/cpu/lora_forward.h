@@ -74,26 +74,29 @@ struct Target {
 
 // One slot's weight rows against the range of columns of M of its tokens, without packing.
 template <int M, typename T, typename D>
-void expand_directly(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
-                     const float* factor, int64_t width, bool accumulate) {
-  constexpr int V = 3 - M;  // two sums in flight at least, to hide the latency of one
-  constexpr int64_t kStep = V * kWidth;
+ALWAYS_INLINE void expand_directly(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
+                                   const float* factor, int64_t width, bool accumulate) {
   int64_t c = 0;
-  Vec acc[M][V];
-  for (; c + kStep <= width; c += kStep, rows += kStep * stride) {
-    direct_tile<true, M, V>(left, rows, stride, rank, kStep, acc);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) add_vec(out[m] + c + v * kWidth, acc[m][v], factor[m], accumulate);
+  Vec acc[M];
+  for (; c + kWidth <= width; c += kWidth, rows += kWidth * stride) {
+    direct_tile<true, M>(left, rows, stride, rank, kWidth, acc);
+    for (int m = 0; m < M; ++m) add_vec(out[m] + c, acc[m], factor[m], accumulate);
   }
   if (c < width) {
     const int live = static_cast<int>(width - c);
-    Vec row[kTileVecs];
-    direct_tile<false, M, V>(left, rows, stride, rank, live, acc);
-    for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < V; ++v) row[v] = acc[m][v];
-      add_row(out[m] + c, row, factor[m], live, accumulate);
-    }
+    direct_tile<false, M>(left, rows, stride, rank, live, acc);
+    for (int m = 0; m < M; ++m) add_vec_n(out[m] + c, acc[m], factor[m], accumulate, live);
   }
+}
+
+// The same, compiled once more for rows that are exactly one vector: their addresses are then constants.
+template <int M, typename T, typename D>
+void expand_few(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
+                const float* factor, int64_t width, bool accumulate) {
+  if (stride == kWidth && rank == kWidth)
+    expand_directly<M>(rows, kWidth, kWidth, left, out, factor, width, accumulate);
+  else
+    expand_directly<M>(rows, stride, rank, left, out, factor, width, accumulate);
 }
 
 // `count` pairs of one slot, against the columns of weight w that begin at `begin`.
@@ -119,9 +122,9 @@ void expand_slot(const ExpandJob& job, int w, int64_t slot, const int32_t* pairs
   if (job.by_columns && count <= 2) {
     take(pairs, static_cast<int>(count));
     if (count == 1)
-      expand_directly<1>(rows, stride, rank, left, out, factor, width, target.accumulate);
+      expand_few<1>(rows, stride, rank, left, out, factor, width, target.accumulate);
     else
-      expand_directly<2>(rows, stride, rank, left, out, factor, width, target.accumulate);
+      expand_few<2>(rows, stride, rank, left, out, factor, width, target.accumulate);
     return;
   }
   for (int64_t c = 0; c < width; c += kPanelColumns) {

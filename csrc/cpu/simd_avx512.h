@@ -37,6 +37,11 @@ inline void vec_store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void vec_store(f16* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+#ifdef __AVX512BF16__
+inline void vec_store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
+#else
 inline void vec_store(bf16* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -46,6 +51,7 @@ inline void vec_store(bf16* p, Vec a) {
   const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(high));
 }
+#endif
 
 // The first n <= kWidth elements; the rest of the vector is zero, the rest of memory untouched.
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -110,26 +116,28 @@ ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth
     vec_transpose(columns);
   } else {  // transpose pairs of 16-bit numbers as 32-bit lanes: half the shuffles; widen afterwards
     __m512i a[8], b[8];
+    const T* quarter[4] = {rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
     const auto row = [&](int i) ALWAYS_INLINE_LAMBDA {
-      const T* p = rows + i * stride;
+      const T* p = quarter[i / 4] + i % 4 * stride;
       return kFull ? load_16(p) : i < live ? load_16_n(p, depth) : _mm256_setzero_si256();
     };
-    for (int i = 0; i < 8; ++i) a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(i)), row(i + 8), 1);
+    for (int i = 0; i < 8; ++i) {  // rows 0 1 2 3 8 9 10 11, each with the row four below it
+      const int r = i + (i & 4);
+      a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(r)), row(r + 4), 1);
+    }
     for (int i = 0; i < 8; i += 2) {
       b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
       b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < 8; i += 4) {  // a[i + j]: pairs j and j + 4 of four rows, then of the next four
       a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
       a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
       a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
       a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13),
-                  high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-    for (int i = 0; i < 4; ++i) {
-      b[i] = _mm512_permutex2var_epi64(a[i], low, a[i + 4]);
-      b[i + 4] = _mm512_permutex2var_epi64(a[i], high, a[i + 4]);
+    for (int j = 0; j < 4; ++j) {
+      b[j] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0x88);
+      b[j + 4] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0xDD);
     }
     for (int i = 0; i < 8; ++i) widen_pairs(T(), b[i], columns + 2 * i);
   }

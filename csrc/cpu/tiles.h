@@ -143,29 +143,25 @@ void pack_columns(const T* rows, int64_t stride, int64_t k_size, int64_t columns
   }
 }
 
-// What panel_tile computes from pack_columns, for V * kWidth columns and without the panel: for few tokens, where
-// packing would cost more than the sums. The order of additions is the same.
-template <bool kFull, int M, int V, typename T>
+// What panel_tile computes from pack_columns, for kWidth columns and without the panel: for few tokens, where packing
+// would cost more than the sums. The order of additions is the same.
+template <bool kFull, int M, typename T>
 ALWAYS_INLINE void direct_tile(const float* const* left, const T* rows, int64_t stride, int64_t k_size, int live,
-                               Vec (*acc)[V]) {
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = vec_zero();
-  for (int64_t k = 0; k < k_size; k += kWidth) {
-    Vec column[V][kWidth];
-    const int depth = k_size - k < kWidth ? static_cast<int>(k_size - k) : kWidth;
-    if (depth == kWidth) {
-      for (int v = 0; v < V; ++v)
-        load_block<kFull>(rows + k + v * kWidth * stride, stride, live - v * kWidth, kWidth, column[v]);
-      for (int i = 0; i < kWidth; ++i)
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < V; ++v) acc[m][v] = vec_fma(vec_set(left[m][k + i]), column[v][i], acc[m][v]);
-    } else {
-      for (int v = 0; v < V; ++v)
-        load_block<false>(rows + k + v * kWidth * stride, stride, live - v * kWidth, depth, column[v]);
-      for (int i = 0; i < depth; ++i)
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < V; ++v) acc[m][v] = vec_fma(vec_set(left[m][k + i]), column[v][i], acc[m][v]);
-    }
+                               Vec* acc) {
+  for (int m = 0; m < M; ++m) acc[m] = vec_zero();
+  int64_t k = 0;
+  for (; k + kWidth <= k_size; k += kWidth) {
+    Vec column[kWidth];
+    load_block<kFull>(rows + k, stride, live, kWidth, column);
+    for (int i = 0; i < kWidth; ++i)
+      for (int m = 0; m < M; ++m) acc[m] = vec_fma(vec_set(left[m][k + i]), column[i], acc[m]);
+  }
+  if (k < k_size) {
+    const int depth = static_cast<int>(k_size - k);
+    Vec column[kWidth];
+    load_block<false>(rows + k, stride, live, depth, column);
+    for (int i = 0; i < depth; ++i)
+      for (int m = 0; m < M; ++m) acc[m] = vec_fma(vec_set(left[m][k + i]), column[i], acc[m]);
   }
 }
 

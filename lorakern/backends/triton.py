@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import torch
 
+from lorakern.backends.reference import plan as plan  # plain torch, without waiting for the device
 from lorakern.errors import LorakernError
 
 NAME = "triton"
@@ -17,15 +18,6 @@ def missing():
     if not torch.cuda.is_available() and not _kernels().INTERPRET:
         return "needs a CUDA device or TRITON_INTERPRET=1"
     return None
-
-
-def plan(indices, num_slots):
-    """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32, made on the device."""
-    slots = indices.reshape(-1)
-    slots = torch.where((slots < 0) | (slots >= num_slots), num_slots, slots)
-    by_slot, order = torch.sort(slots, stable=True)
-    bounds = torch.arange(num_slots + 1, dtype=by_slot.dtype, device=by_slot.device)
-    return order.int(), torch.searchsorted(by_slot, bounds, out_int32=True)
 
 
 def shrink(h, x, A, indices, ranks, order, starts):
