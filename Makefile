@@ -22,7 +22,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 	touch $@
 
 test: .venv/built
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png

@@ -1,0 +1,115 @@
+"""The `lorakern` command. Each sub-command's work lives in a module of its own; here are only options and errors."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import lorakern
+from lorakern.errors import LorakernError
+
+try:
+    import typer
+except ImportError:  # main() says what to install
+    typer = None
+
+# What a command may find missing, and the extra that installs it.
+_EXTRAS = {"typer": "cli", "rich": "cli", "transformers": "transformers", "gguf": "transformers"}
+_EXTRAS |= {"peft": "demo", "matplotlib": "demo"}
+_COMMANDS: list[Callable] = []
+DTYPES = ["float32", "bfloat16"]  # of `demo`
+
+
+def command(function: Callable) -> Callable:
+    """Make a function a sub-command of its name."""
+    _COMMANDS.append(function)
+    return function
+
+
+@command
+def info(json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False) -> None:
+    """Show backends (and why one is missing), instruction sets, threads, devices and versions."""
+    known = lorakern.info()
+    if json:
+        print(json_format.dumps(known, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False)
+    for name, reason in known["backends"].items():
+        table.add_row(f"backend {name}", Text("available", "green") if reason is None else Text(f"missing: {reason}"))
+    isa = known["isa"]
+    table.add_row("CPU kernels", f"{isa['current']} (usable: {', '.join(isa['usable'])})" if isa else "not built")
+    pool = "shared with torch" if known["threads"]["shared_pool"] else "none: the kernels run on one thread"
+    table.add_row("threads", f"{known['threads']['torch']}, pool {pool}")
+    for device in known["devices"]:
+        table.add_row("device", Text(device))
+    for package, version in known["versions"].items():
+        table.add_row(package, version or "not installed")
+    Console().print(table)
+
+
+@command
+def demo(
+    adapters: Annotated[
+        Path | None, typer.Option(help="PEFT adapters and prompts.json; those of the checkout.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=2, help="Rows of the batch.")] = 16,
+    repeats: Annotated[int, typer.Option(min=0, help="Timed runs of each engine; 0 times nothing.")] = 5,
+    dtype: Annotated[list[str], typer.Option(help="What to time: float32, bfloat16; repeat for both.")] = DTYPES,
+    json: Annotated[Path | None, typer.Option(help="Write the result as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart of the speeds (PNG).")] = None,
+) -> None:
+    """Serve a batch whose rows have their own adapters; check it against PEFT (exit 1 if a row differs) and time it."""
+    from lorakern.demo import run
+
+    if not run(adapters, rows=rows, repeats=repeats, dtypes=dtype, json_file=json, plot_file=plot):
+        raise typer.Exit(1)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(lorakern.__version__)
+        raise typer.Exit
+
+
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Kernels for multi-LoRA math."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 for bad input or a missing package, told in one line."""
+    try:
+        if typer is None:
+            raise ModuleNotFoundError(name="typer")
+        app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+        app.callback()(_start)
+        for function in _COMMANDS:
+            app.command()(function)
+        app(args=arguments, prog_name="lorakern")
+    except LorakernError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        message = f"this needs the package {package}; run `pip install 'lorakern[{_EXTRAS[package]}]'`"
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    else:
+        return 0
+    print(f"lorakern: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
