@@ -449,11 +449,11 @@ def test_flattened_tokens_and_keyword_inputs():
 
 def test_a_layer_of_no_named_adapter_is_not_computed(case, monkeypatch):
     """Rows whose adapters leave a layer alone cost it nothing: the op is not called."""
-    from lorakern.integrations import transformers as integration
+    from lorakern.ops import PreparedBgmv
 
     calls = []
-    op = integration._bgmv_op
-    monkeypatch.setattr(integration, "_bgmv_op", lambda *arguments: calls.append(op(*arguments)))
+    call = PreparedBgmv.__call__
+    monkeypatch.setattr(PreparedBgmv, "__call__", lambda *arguments: calls.append(call(*arguments)))
     lk_model = case.attach()
     with lk_model.use([None, "poet"]):
         logits(case.model, case.ids[:2])

@@ -129,7 +129,7 @@ void check_memory(const LoraParams& p) {
 
 // Fewer threads for little work: waking one costs about as much as this many multiply-adds.
 int threads_for(const LoraParams& p, int64_t width, int threads) {
-  constexpr int64_t kWorthAThread = 1 << 16;
+  constexpr int64_t kWorthAThread = 1 << 17;
   const int64_t work = p.num_tokens * p.num_choices * p.r_max * width;
   return static_cast<int>(std::min<int64_t>(threads, work / kWorthAThread + 1));
 }

@@ -13,12 +13,11 @@ from lorakern.adapters import LoraFactors
 from lorakern.errors import LorakernError
 from lorakern.integrations.slots import LayerSlots, Rows
 from lorakern.integrations.targets import Target, find_targets
-from lorakern.ops import Plan, bgmv, lora_delta
+from lorakern.ops import bgmv, lora_delta
 
 # The rows that each attached model serves now. Of a ContextVar every thread and asyncio task sees its own value.
 _ACTIVE: ContextVar[Mapping["AttachedModel", Rows]] = ContextVar("lorakern_rows", default={})  # noqa: B039
 # The registered op itself: the checks of `lorakern.bgmv`, here made once a shape, take longer than a small update.
-_bgmv_op = torch.ops.lorakern.bgmv_.default
 
 
 def attach(
@@ -239,14 +238,15 @@ class AttachedModel:
 def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
     """The forward hook of one layer. It runs hundreds of times a token: all that can be known before is."""
     d_in, d_out = layer.d_in, layer.d_out
-    active, grad_enabled = _ACTIVE.get, torch.is_grad_enabled
+    active, grad_enabled, compiling = _ACTIVE.get, torch.is_grad_enabled, torch.compiler.is_compiling
 
     def add_update(module, inputs, named, y):
         rows = active().get(owner)
         if rows is None:
             return
         (x,) = inputs or named.values()
-        A, B, scale, ranks, group = layer.bank
+        bank = layer.bank
+        group = bank.group
         key = group, x.shape, x.dtype, y.dtype, x.device
         try:
             route = rows.routes[key]
@@ -254,15 +254,14 @@ def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
             route = rows.make_route(key, layer, x, y)
         if route is None:
             return
-        indices, order, starts, same_dtype = route
         x, y = x.reshape(-1, d_in), y.view(-1, d_out)
-        if not same_dtype:
-            grouped = Plan(order, starts)
-            delta = lora_delta(x.to(group.dtype), A, B, indices, scale=scale, ranks=ranks, plan=grouped)
-            y.add_(delta.to(y.dtype))
-        elif y.requires_grad and grad_enabled():
-            bgmv(y, x, A, B, indices, scale=scale, ranks=ranks, plan=Plan(order, starts))
+        if route.same_dtype and not (y.requires_grad and grad_enabled()) and not compiling():
+            route.call(layer, bank)(y, x)
+            return
+        options = {"scale": bank.scale, "ranks": bank.ranks, "plan": route.plan}
+        if route.same_dtype:
+            bgmv(y, x, bank.A, bank.B, route.indices, **options)
         else:
-            _bgmv_op(y, x, A, B, indices, scale, ranks, None, order, starts, 0, True)
+            y.add_(lora_delta(x.to(group.dtype), bank.A, bank.B, route.indices, **options).to(y.dtype))
 
     return add_update
