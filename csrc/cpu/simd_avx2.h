@@ -47,21 +47,6 @@ inline void vec_store(bf16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
-// The first n <= kWidth elements; the rest of the vector is zero, the rest of memory untouched.
-template <typename T>
-inline Vec vec_load_n(const T* p, int n) {
-  T padded[kWidth] = {};
-  for (int i = 0; i < n; ++i) padded[i] = p[i];
-  return vec_load(padded);
-}
-
-template <typename T>
-inline void vec_store_n(T* p, Vec a, int n) {
-  T full[kWidth];
-  vec_store(full, a);
-  for (int i = 0; i < n; ++i) p[i] = full[i];
-}
-
 inline void vec_transpose(Vec* r) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
@@ -80,26 +65,8 @@ inline void vec_transpose(Vec* r) {
   }
 }
 
-// A block of kWidth rows by `depth` <= kWidth columns, transposed to float32: columns[k] holds column k of all rows.
-// Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
-template <bool kFull, typename T>
-ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth, Vec* columns) {
-  for (int i = 0; i < kWidth; ++i) {
-    const T* row = rows + i * stride;
-    columns[i] = kFull ? vec_load(row) : i < live ? vec_load_n(row, depth) : vec_zero();
-  }
-  vec_transpose(columns);
-}
-
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-
-template <typename T>
-struct Dot {
-  static constexpr int kStep = kWidth;
-  using Operand = Vec;
-  static Operand load(const T* p) { return vec_load(p); }
-  static Operand load_n(const T* p, int n) { return vec_load_n(p, n); }
-  static Vec step(Operand x, Operand w, Vec acc) { return vec_fma(x, w, acc); }
-};
-
 }  // namespace
+
+#include "simd_portable.h"
+
+#include "simd_dot.h"

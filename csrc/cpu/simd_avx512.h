@@ -143,16 +143,11 @@ ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth
   }
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+}  // namespace
 
-template <typename T>
-struct Dot {
-  static constexpr int kStep = kWidth;
-  using Operand = Vec;
-  static Operand load(const T* p) { return vec_load(p); }
-  static Operand load_n(const T* p, int n) { return vec_load_n(p, n); }
-  static Vec step(Operand x, Operand w, Vec acc) { return vec_fma(x, w, acc); }
-};
+#include "simd_dot.h"
+
+namespace {
 
 #ifdef __AVX512BF16__
 template <>
