@@ -160,15 +160,38 @@ void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
   parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) { variant.shrink(p, shared[i]); });
 }
 
-// Split the output columns into ranges that are multiples of a panel, a few for each thread.
+// Split the output into units, a few for each thread: ranges of columns that are multiples of a panel. Where a token
+// gets one term, slots are units of their own, and one with few tokens is not split: its weights are then one long
+// stream.
 void run_expand(const ExpandJob& job, const Variant& variant, int64_t columns, int threads) {
-  constexpr int64_t kMostColumns = 1024;
-  threads = threads_for(*job.params, columns, threads);
+  constexpr int64_t kMostColumns = 1024, kFewTokens = 8;
+  static thread_local std::vector<ExpandUnit> units;
+  units.clear();
+  const LoraParams& p = *job.params;
+  threads = threads_for(p, columns, threads);
   int64_t width = std::min(kMostColumns, (columns + 4 * threads - 1) / (4 * threads));
   width = (width + variant.panel_columns - 1) / variant.panel_columns * variant.panel_columns;
-  parallel_for(threads, (columns + width - 1) / width, [&](int64_t i) {
-    const int64_t begin = i * width, end = std::min(begin + width, columns);
-    variant.expand(job, begin, end, unit_scratch.get(variant.expand_scratch(job, end - begin)));
+  const auto split = [&](int64_t slot_begin, int64_t slot_end, int64_t step) {
+    for (int64_t begin = 0; begin < columns; begin += step)
+      units.push_back({slot_begin, slot_end, begin, std::min(begin + step, columns)});
+  };
+  int64_t widest = width;
+  if (p.num_choices * job.num_weights == 1) {
+    int64_t active = 0;
+    for (int64_t slot = 0; slot < p.num_slots; ++slot) active += p.plan.starts[slot] < p.plan.starts[slot + 1];
+    for (int64_t slot = 0; slot < p.num_slots; ++slot) {
+      const int64_t tokens = p.plan.starts[slot + 1] - p.plan.starts[slot];
+      if (tokens == 0) continue;
+      const bool whole = active >= 4 * threads && tokens <= kFewTokens;
+      split(slot, slot + 1, whole ? columns : width);
+      if (whole) widest = columns;
+    }
+  } else {
+    split(0, p.num_slots, width);
+  }
+  const std::vector<ExpandUnit>& shared = units;  // thread_local: the workers must not look up their own
+  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
+    variant.expand(job, shared[i], unit_scratch.get(variant.expand_scratch(job, widest)));
   });
 }
 

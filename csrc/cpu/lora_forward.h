@@ -7,6 +7,7 @@ namespace {
 
 using lorakern::Dtype;
 using lorakern::ExpandJob;
+using lorakern::ExpandUnit;
 using lorakern::LoraParams;
 using lorakern::ShrinkUnit;
 
@@ -144,15 +145,16 @@ void expand_slot(const ExpandJob& job, int w, int64_t slot, const int32_t* pairs
 }
 
 template <typename T>
-void expand(const ExpandJob& job, int64_t begin, int64_t end, float* scratch) {
+void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
   const LoraParams& p = *job.params;
+  const int64_t begin = unit.column_begin, end = unit.column_end;
   const int32_t *order = p.plan.order, *starts = p.plan.starts;
   float *panel = scratch, *sums = scratch + p.r_max * kPanelColumns;
   const int64_t width = end - begin, block = sum_tokens(job, width);
   T* out = static_cast<T*>(job.out) + begin;
   if (block == 0) {
     const Target<T> target{out, job.out_stride, 0, width, job.accumulate};
-    for (int64_t slot = 0; slot < p.num_slots; ++slot)
+    for (int64_t slot = unit.slot_begin; slot < unit.slot_end; ++slot)
       if (starts[slot] < starts[slot + 1] && rank_of(p, slot) > 0)
         expand_slot<T>(job, 0, slot, order + starts[slot], starts[slot + 1] - starts[slot], begin, target, panel);
     return;

@@ -24,6 +24,11 @@ struct ExpandJob {
   const uint8_t* served;  // (T): has the token an adapter? Needed where a token may get several terms
 };
 
+// A range of columns for the pairs of a range of slots: all slots, unless every token gets one term only.
+struct ExpandUnit {
+  int64_t slot_begin, slot_end, column_begin, column_end;
+};
+
 // dh[pair][r] = sum_o dy[t][o] * B[slot][o][r] for tokens order[first .. last) of one slot.
 struct BackUnit {
   int slice;
@@ -46,7 +51,7 @@ struct Variant {
   int64_t panel_columns;  // widths of column ranges should be multiples of it
   void (*shrink)(const LoraParams&, const ShrinkUnit&);
   int64_t (*expand_scratch)(const ExpandJob&, int64_t columns);  // floats
-  void (*expand)(const ExpandJob&, int64_t column_begin, int64_t column_end, float* scratch);
+  void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
   int64_t (*back_scratch)(const LoraParams&);
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
   int64_t (*outer_scratch)(const LoraParams&);
