@@ -73,6 +73,18 @@ BAD = {  # name: (what to change in good arguments, what the message must say)
     "y_offset_float": (lambda a: {"y_offset": 1.0}, "y_offset must be an integer"),
     "y_is_x": (lambda a: {"y": torch.zeros(6, 16), "y_offset": 0} | {"x": "y"}, "y must not share memory with x"),
     "plan_other": (lambda a: {"plan": lk.plan(a["indices"][:3], 4)}, "plan must be made for these"),
+    "plan_int64": (
+        lambda a: {"plan": lk.Plan(torch.zeros(12, dtype=torch.long), torch.zeros(5, dtype=torch.int32))},
+        "plan must hold int32",
+    ),
+    "plan_order": (
+        lambda a: {"plan": lk.Plan(torch.full((12,), 99, dtype=torch.int32), torch.full((5,), 0, dtype=torch.int32))},
+        "plan must be what lorakern.plan",
+    ),
+    "plan_starts": (
+        lambda a: {"plan": lk.Plan(torch.arange(12).int(), torch.tensor([0, 2, 1, 500, 12], dtype=torch.int32))},
+        "plan must be what lorakern.plan",
+    ),
     "plan_tuple": (lambda a: {"plan": (a["ranks"], a["ranks"])}, "plan must be what lorakern.plan"),
 }
 

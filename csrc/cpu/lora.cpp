@@ -68,8 +68,15 @@ void sort_pairs(const Int* data, int64_t row_stride, int64_t column_stride, int6
 }
 
 void complete_plan(LoraParams& p, const Indices& indices) {
-  if (p.plan.order) return;
   const int64_t pairs = p.num_tokens * p.num_choices;
+  if (p.plan.order) {
+    bool sound = p.plan.starts[0] == 0 && p.plan.starts[p.num_slots] <= pairs;
+    for (int64_t s = 0; s < p.num_slots; ++s) sound &= p.plan.starts[s] <= p.plan.starts[s + 1];
+    for (int64_t i = 0; i < pairs; ++i) sound &= p.plan.order[i] >= 0 && p.plan.order[i] < pairs;
+    if (!sound)
+      throw std::invalid_argument("plan must be what lorakern.plan(indices, num_slots) returned; its values are not");
+    return;
+  }
   int32_t* order = plan_scratch.get(pairs + p.num_slots + 1);
   make_plan(indices, p.num_tokens, p.num_choices, p.num_slots, order, order + pairs);
   p.plan = {order, order + pairs};

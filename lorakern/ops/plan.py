@@ -64,6 +64,8 @@ def check_plan(op, given, indices, slots):
     if given.order.shape != (indices.numel(),) or given.starts.shape != (slots + 1,):
         got = f"a plan of {given.order.shape[0]} pairs and {given.starts.shape[0] - 1} slots"
         check.fail(op, "plan", f"be made for these {indices.numel()} pairs and {slots} slots", got)
+    if given.order.dtype != torch.int32 or given.starts.dtype != torch.int32:
+        check.fail(op, "plan", "hold int32 tensors", f"{given.order.dtype} and {given.starts.dtype}")
     if given.order.device != indices.device:
         check.fail(op, "plan", f"be on {indices.device} like indices", str(given.order.device))
     return given.order, given.starts
