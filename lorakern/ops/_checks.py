@@ -48,6 +48,25 @@ def check_weights(op, name, slices, dtype, device, slots, r_max, rank_dim, dims)
             fail(op, label, "be contiguous in its last dimension (use .contiguous())", f"strides {weight.stride()}")
 
 
+def accumulation_dtype(dtype):
+    """The dtype of h, scale and gates: float32, or float64 for float64 inputs (reference backend only)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_d_in(op, A, x):
+    for s, a in enumerate(A):
+        if a.shape[2] != x.shape[1]:
+            label = "A" if len(A) == 1 else f"A[{s}]"
+            fail(op, label, f"have d_in = {x.shape[1]} like x in its last dimension", describe(a))
+
+
+def weight_dims(op, name, slices, rank_dim):
+    """(slots, r_max) of the first slice, which the others must share."""
+    if slices[0].dim() != 3:
+        fail(op, name, "have three dimensions, slots first", describe(slices[0]))
+    return slices[0].shape[0], slices[0].shape[rank_dim]
+
+
 def check_indices(op, indices, tokens, device):
     """(T,) or (T, K) integers on the device; returned as (T, K)."""
     if not isinstance(indices, torch.Tensor) or indices.dtype not in _INTEGERS or indices.dim() not in (1, 2):

@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode as in_dispatc
 from lorakern.ops import _checks as check
 from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.plan import check_plan
-from lorakern.ops.shrink_expand import _dims, check_accumulation, check_d_in
 
 _LORA = "Tensor x, Tensor[] A, Tensor[] B, Tensor indices, Tensor? scale, Tensor? ranks, Tensor? gates"
 _PLAN = "Tensor? order, Tensor? starts"
@@ -99,14 +98,14 @@ def _normalised(op, x, A, B, indices, scale, ranks, gates, plan):
     A, B = check.as_slices(op, "A", A), check.as_slices(op, "B", B)
     if len(A) != len(B):
         check.fail(op, "B", f"have as many slices as A ({len(A)})", f"{len(B)}")
-    slots, r_max = _dims(op, "A", A, 1)
+    slots, r_max = check.weight_dims(op, "A", A, 1)
     check.check_weights(op, "A", A, x.dtype, x.device, slots, r_max, 1, "(slots, r_max, d_in)")
     check.check_weights(op, "B", B, x.dtype, x.device, slots, r_max, 2, "(slots, d_out, r_max)")
-    check_d_in(op, A, x)
+    check.check_d_in(op, A, x)
     indices = check.check_indices(op, indices, x.shape[0], x.device)
     check.check_ranks(op, ranks, slots, x.device)
-    scale = check.check_scale(op, scale, slots, x.device, check_accumulation(x.dtype))
-    gates = check.check_gates(op, gates, indices, check_accumulation(x.dtype))
+    scale = check.check_scale(op, scale, slots, x.device, check.accumulation_dtype(x.dtype))
+    gates = check.check_gates(op, gates, indices, check.accumulation_dtype(x.dtype))
     order, starts = check_plan(op, plan, indices, slots)
     return x, A, B, indices, scale, ranks, gates, order, starts
 

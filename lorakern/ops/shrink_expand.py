@@ -63,19 +63,19 @@ def shrink(x, A, indices, *, ranks=None, plan=None, out=None):
     """
     check.check_activations("shrink", "x", x)
     A = check.as_slices("shrink", "A", A)
-    slots, r_max = _dims("shrink", "A", A, 1)
+    slots, r_max = check.weight_dims("shrink", "A", A, 1)
     check.check_weights("shrink", "A", A, x.dtype, x.device, slots, r_max, 1, "(slots, r_max, d_in)")
-    check_d_in("shrink", A, x)
+    check.check_d_in("shrink", A, x)
     indices = check.check_indices("shrink", indices, x.shape[0], x.device)
     check.check_ranks("shrink", ranks, slots, x.device)
     order, starts = check_plan("shrink", plan, indices, slots)
     shape = (len(A), *indices.shape, r_max)
     if out is None:
-        out = x.new_empty(shape, dtype=check_accumulation(x.dtype))
+        out = x.new_empty(shape, dtype=check.accumulation_dtype(x.dtype))
     elif (
         not isinstance(out, torch.Tensor)
         or out.shape != shape
-        or out.dtype != check_accumulation(x.dtype)
+        or out.dtype != check.accumulation_dtype(x.dtype)
         or out.device != x.device
         or not out.is_contiguous()
     ):
@@ -113,11 +113,11 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     """
     check.check_activations("expand", "y", y)
     B = check.as_slices("expand", "B", B)
-    slots, r_max = _dims("expand", "B", B, 2)
+    slots, r_max = check.weight_dims("expand", "B", B, 2)
     check.check_weights("expand", "B", B, y.dtype, y.device, slots, r_max, 2, "(slots, d_out, r_max)")
     indices = check.check_indices("expand", indices, y.shape[0], y.device)
     check.check_ranks("expand", ranks, slots, y.device)
-    accumulation = check_accumulation(y.dtype)
+    accumulation = check.accumulation_dtype(y.dtype)
     shape = (len(B), *indices.shape, r_max)
     if not isinstance(h, torch.Tensor) or h.shape != shape or h.dtype != accumulation or not h.is_contiguous():
         check.fail("expand", "h", f"be a contiguous float32 tensor of shape {shape}, from shrink", check.describe(h))
@@ -129,22 +129,3 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     order, starts = check_plan("expand", plan, indices, slots)
     _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
     return y
-
-
-def check_accumulation(dtype):
-    """The dtype of h, scale and gates: float32, or float64 for float64 inputs (reference backend only)."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def check_d_in(op, A, x):
-    for s, a in enumerate(A):
-        if a.shape[2] != x.shape[1]:
-            label = "A" if len(A) == 1 else f"A[{s}]"
-            check.fail(op, label, f"have d_in = {x.shape[1]} like x in its last dimension", check.describe(a))
-
-
-def _dims(op, name, slices, rank_dim):
-    """(slots, r_max) of the first slice, which the others must share."""
-    if slices[0].dim() != 3:
-        check.fail(op, name, "have three dimensions, slots first", check.describe(slices[0]))
-    return slices[0].shape[0], slices[0].shape[rank_dim]
