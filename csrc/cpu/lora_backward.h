@@ -8,85 +8,128 @@ using lorakern::BackUnit;
 using lorakern::LoraGradParams;
 using lorakern::OuterJob;
 
-constexpr int64_t kDepth = 256;  // how much of the summed dimension is packed at a time
+constexpr int64_t kDepth = 256;  // how much of the summed dimension is packed, and summed on its own, at a time
 
-inline int64_t back_scratch(const LoraParams&) { return kDepth * (kPanelColumns + kTileTokens); }
+// How many vectors of a panel hold `columns` columns.
+inline int vecs_of(int64_t columns) {
+  return static_cast<int>(std::min<int64_t>((columns + kWidth - 1) / kWidth, kTileVecs));
+}
+
+// add_panel for any number of rows and vectors, to float32.
+template <typename T>
+void add_panels(int m, int vecs, const typename Outer<T>::Cell* const* left, int64_t step,
+                const typename Outer<T>::Cell* panel, int64_t count, float* const* out, int64_t live,
+                bool accumulate) {
+  float ones[kTileTokens];
+  std::fill(ones, ones + kTileTokens, 1.0f);
+  with_constant<kTileTokens>(m, [&](auto M) {
+    with_constant<kTileVecs>(vecs, [&](auto V) {
+      add_panel<T, decltype(M)::value, decltype(V)::value>(left, step, panel, count, out, ones, live, accumulate);
+    });
+  });
+}
+
+template <typename T>
+int64_t back_scratch(const LoraParams&) {
+  return cells_of<T>(kDepth) * kPanelColumns + (kDepth + 1) * kTileTokens;
+}
 
 template <typename T>
 void back(const LoraGradParams& g, const BackUnit& u, float* scratch) {
+  using Cell = typename Outer<T>::Cell;
   const LoraParams& p = g.forward;
   const Weight& weight = p.B[u.slice];
-  const T* rows = static_cast<const T*>(weight.data) + u.slot * weight.slot_stride;
+  const T* rows = static_cast<const T*>(weight.data) + u.pairs.slot * weight.slot_stride;
   const T* dy = static_cast<const T*>(g.dy);
   for (int s = 0; s < u.slice; ++s) dy += p.B[s].rows;
-  float *dh = g.dh + u.slice * p.num_tokens * p.num_choices * p.r_max, *panel = scratch;
-  float* packed = scratch + kDepth * kPanelColumns;
-  const int64_t rank = rank_of(p, u.slot);
+  float* dh = g.dh + u.slice * p.num_tokens * p.num_choices * p.r_max;
+  Cell *panel = reinterpret_cast<Cell*>(scratch), *converted = panel + cells_of<T>(kDepth) * kPanelColumns;
+  const int64_t rank = rank_of(p, u.pairs.slot);
   for (int64_t r = 0; r < rank; r += kPanelColumns) {
-    const int64_t live = rank - r < kPanelColumns ? rank - r : kPanelColumns;
+    const int64_t live = std::min<int64_t>(rank - r, kPanelColumns);
+    const int vecs = vecs_of(live);
     for (int64_t o = 0; o < weight.rows; o += kDepth) {
-      const int64_t depth = weight.rows - o < kDepth ? weight.rows - o : kDepth;
-      pack_rows<T>([&](int64_t k) { return rows + (o + k) * weight.row_stride + r; }, depth, live, panel);
-      for (int64_t i = u.first; i < u.last; i += kTileTokens) {
-        const int m = static_cast<int>(u.last - i < kTileTokens ? u.last - i : kTileTokens);
-        const float* left[kTileTokens];
+      const int64_t depth = std::min(weight.rows - o, kDepth);
+      pack_rows<T>([&](int64_t k) { return rows + (o + k) * weight.row_stride + r; }, depth, live, vecs, panel);
+      for (int64_t i = 0; i < u.pairs.count; i += kTileTokens) {
+        const int m = static_cast<int>(std::min<int64_t>(u.pairs.count - i, kTileTokens));
+        const Cell* left[kTileTokens];
+        float* out[kTileTokens];
         for (int j = 0; j < m; ++j) {
-          const T* source = dy + p.plan.order[i + j] / p.num_choices * g.dy_stride + o;
-          for (int64_t k = 0; k < depth; ++k) packed[j * kDepth + k] = to_float(source[k]);
-          left[j] = packed + j * kDepth;
+          const int64_t pair = u.pairs.ids[i + j];
+          left[j] = row_cells(dy + token_of(p, pair) * g.dy_stride + o, depth, converted + j * (kDepth + 1));
+          out[j] = dh + pair * p.r_max + r;
         }
-        Vec acc[kTileTokens][kTileVecs];
-        panel_tiles(m, left, panel, depth, acc);
-        for (int j = 0; j < m; ++j) add_row(dh + p.plan.order[i + j] * p.r_max + r, acc[j], 1.0f, live, o > 0);
+        add_panels<T>(m, vecs, left, 1, panel, cells_of<T>(depth), out, live, o > 0);
       }
     }
   }
 }
 
-inline int64_t outer_scratch(const LoraParams& p) {
-  return kDepth * kPanelColumns + p.r_max * (kDepth + kPanelColumns) + kPanelColumns * kWidth;
+template <typename T>
+int64_t outer_scratch(const LoraParams& p) {
+  const int64_t ranks = (p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
+  return cells_of<T>(kDepth) * (kPanelColumns + ranks) + kPanelColumns * ranks;
 }
 
+// Gradient rows (rank, column), or transposed (column, rank): the left side's ranks and the right side's columns are
+// packed alike, token by token, and either may be the panel.
 template <typename T>
 void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float* scratch) {
+  using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const int64_t rank = rank_of(p, slot), first = p.plan.starts[slot], last = p.plan.starts[slot + 1];
-  float *panel = scratch, *packed = panel + kDepth * kPanelColumns, *sums = packed + p.r_max * kDepth;
+  const int64_t sum_stride = job.transposed ? (rank + kWidth - 1) / kWidth * kWidth : kPanelColumns;
+  Cell *columns = reinterpret_cast<Cell*>(scratch), *ranks = columns + cells_of<T>(kDepth) * kPanelColumns;
+  float* sums = scratch + outer_scratch<T>(p) -
+                kPanelColumns * ((p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns);
   T* grad = static_cast<T*>(job.grad) + slot * p.r_max * job.columns;
   for (int64_t column = begin; column < end; column += kPanelColumns) {
-    const int64_t live = end - column < kPanelColumns ? end - column : kPanelColumns;
+    const int64_t live = std::min<int64_t>(end - column, kPanelColumns);
     for (int64_t i = first; i < last; i += kDepth) {
-      const int64_t depth = last - i < kDepth ? last - i : kDepth;
+      const int64_t depth = std::min(last - i, kDepth), count = cells_of<T>(depth);
       const int32_t* pairs = p.plan.order + i;
-      pack_rows<T>(
-          [&](int64_t k) {
-            return static_cast<const T*>(job.right) + pairs[k] / p.num_choices * job.right_stride + column;
-          },
-          depth, live, panel);
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t r = 0; r < rank; ++r) packed[r * kDepth + k] = job.left[pairs[k] * p.r_max + r];
-      for (int64_t r = 0; r < rank; r += kTileTokens) {
-        const int m = static_cast<int>(rank - r < kTileTokens ? rank - r : kTileTokens);
-        const float* left[kTileTokens];
-        for (int j = 0; j < m; ++j) left[j] = packed + (r + j) * kDepth;
-        Vec acc[kTileTokens][kTileVecs];
-        panel_tiles(m, left, panel, depth, acc);
-        for (int j = 0; j < m; ++j) add_row(sums + (r + j) * kPanelColumns, acc[j], 1.0f, kPanelColumns, i > first);
+      const T* right = static_cast<const T*>(job.right) + column;
+      pack_rows<T>([&](int64_t k) { return right + token_of(p, pairs[k]) * job.right_stride; }, depth, live, kTileVecs,
+                   columns);
+      for (int64_t r = 0; r < rank; r += kPanelColumns) {
+        const int64_t some = std::min<int64_t>(rank - r, kPanelColumns);
+        const int vecs = vecs_of(some);
+        pack_rows<T>([&](int64_t k) { return job.left + pairs[k] * p.r_max + r; }, depth, some, vecs, ranks);
+        const int64_t rows = job.transposed ? live : some;
+        for (int64_t row = 0; row < rows; row += kTileTokens) {
+          const int m = static_cast<int>(std::min<int64_t>(rows - row, kTileTokens));
+          const Cell* left[kTileTokens];
+          float* out[kTileTokens];
+          for (int j = 0; j < m; ++j) {
+            left[j] = (job.transposed ? columns : ranks) + row + j;
+            out[j] = job.transposed ? sums + (row + j) * sum_stride + r : sums + (r + row + j) * sum_stride;
+          }
+          if (job.transposed)
+            add_panels<T>(m, vecs, left, kPanelColumns, ranks, count, out, vecs * kWidth, i > first);
+          else
+            add_panels<T>(m, kTileVecs, left, vecs * kWidth, columns, count, out, kPanelColumns, i > first);
+        }
       }
     }
-    if (!job.transposed) {
-      for (int64_t r = 0; r < rank; ++r)
-        for (int64_t c = 0; c < live; ++c) from_float(sums[r * kPanelColumns + c], grad + r * job.columns + column + c);
-    } else {
-      for (int64_t c = 0; c < live; ++c)
-        for (int64_t r = 0; r < rank; ++r) from_float(sums[r * kPanelColumns + c], grad + (column + c) * p.r_max + r);
-    }
+    const int64_t rows = job.transposed ? live : rank, width = job.transposed ? rank : live;
+    T* out = job.transposed ? grad + column * p.r_max : grad + column;
+    const int64_t stride = job.transposed ? p.r_max : job.columns;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t c = 0; c < width; c += kWidth) {
+        const Vec value = vec_load(sums + row * sum_stride + c);
+        if (width - c >= kWidth)
+          vec_store(out + row * stride + c, value);
+        else
+          vec_store_n(out + row * stride + c, value, static_cast<int>(width - c));
+      }
   }
 }
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name, kPanelColumns, shrink<T>, expand_scratch, expand<T>, back_scratch, back<T>, outer_scratch, outer<T>};
+  return {name,    kPanelColumns,   shrink<T>, expand_scratch<T>, expand<T>, back_scratch<T>,
+          back<T>, outer_scratch<T>, outer<T>};
 }
 
 // One table entry per Dtype, in its order.

@@ -5,30 +5,54 @@
 
 namespace {
 
-using lorakern::Dtype;
 using lorakern::ExpandJob;
 using lorakern::ExpandUnit;
+using lorakern::factor_of;
+using lorakern::kSumFloats;
 using lorakern::LoraParams;
+using lorakern::Pairs;
+using lorakern::rank_of;
 using lorakern::ShrinkUnit;
+using lorakern::token_of;
 
+// Few tokens: every row of A is read from end to end, once, against all of them. Many: a block of x stays in L1 while a
+// block of A, in L2, passes by. Either way the sum of a block of d_in is made alone and then added to h.
 template <typename T>
 void shrink(const LoraParams& p, const ShrinkUnit& u) {
+  constexpr int64_t kFewTokens = 12, kRows = 64;
   const Weight& weight = p.A[u.slice];
-  const T* rows = static_cast<const T*>(weight.data) + u.slot * weight.slot_stride;
+  const T* rows = static_cast<const T*>(weight.data) + u.pairs.slot * weight.slot_stride;
   float* h = p.h + u.slice * p.num_tokens * p.num_choices * p.r_max;
-  for (int64_t row = u.row_begin; row < u.row_end; row += kTileRows) {
-    const int n = static_cast<int>(u.row_end - row < kTileRows ? u.row_end - row : kTileRows);
-    for (int64_t i = u.first; i < u.last; i += kTileTokens) {
-      const int m = static_cast<int>(u.last - i < kTileTokens ? u.last - i : kTileTokens);
-      const T* x[kTileTokens];
-      float* out[kTileTokens];
-      for (int j = 0; j < m; ++j) {
-        const int64_t pair = p.plan.order[i + j];
-        x[j] = static_cast<const T*>(p.x) + pair / p.num_choices * p.x_stride;
-        out[j] = h + pair * p.r_max + row;
-      }
-      dot_tiles(m, n, x, rows + row * weight.row_stride, weight.row_stride, p.d_in, out);
+  const auto tiles = [&](int64_t i, int64_t row_begin, int64_t row_end, int64_t begin) {
+    const int m = static_cast<int>(std::min<int64_t>(u.pairs.count - i, kTileTokens));
+    const int64_t depth = std::min(p.d_in - begin, kDotBlock);
+    const T* x[kTileTokens];
+    float* out[kTileTokens];
+    for (int j = 0; j < m; ++j) {
+      const int64_t pair = u.pairs.ids[i + j];
+      x[j] = static_cast<const T*>(p.x) + token_of(p, pair) * p.x_stride;
+      out[j] = h + pair * p.r_max + row_begin;
     }
+    with_constant<kTileTokens>(m, [&](auto M) {
+      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+        const T* w = rows + row * weight.row_stride;
+        with_constant<kTileRows>(static_cast<int>(row_end - row), [&](auto N) {
+          dot_tile<T, decltype(M)::value, decltype(N)::value>(x, w, weight.row_stride, begin, depth, out);
+        });
+        for (int j = 0; j < m; ++j) out[j] += kTileRows;
+      }
+    });
+  };
+  if (u.pairs.count <= kFewTokens) {
+    for (int64_t row = u.row_begin; row < u.row_end; row += kTileRows)
+      for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
+        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens)
+          tiles(i, row, std::min<int64_t>(row + kTileRows, u.row_end), begin);
+  } else {
+    for (int64_t row = u.row_begin; row < u.row_end; row += kRows)
+      for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
+        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens)
+          tiles(i, row, std::min(row + kRows, u.row_end), begin);
   }
 }
 
@@ -42,27 +66,19 @@ void add_vec_n(D* out, Vec value, float factor, bool accumulate, int live) {
   vec_store_n(out, vec_fma(vec_set(factor), value, accumulate ? vec_load_n(out, live) : vec_zero()), live);
 }
 
-// The same for `live` <= kPanelColumns columns.
-template <typename D>
-void add_row(D* out, const Vec* value, float factor, int64_t live, bool accumulate) {
-  for (int v = 0; v < kTileVecs && live > 0; ++v, live -= kWidth, out += kWidth) {
-    if (live >= kWidth)
-      add_vec(out, value[v], factor, accumulate);
-    else
-      add_vec_n(out, value[v], factor, accumulate, static_cast<int>(live));
-  }
-}
-
-constexpr int64_t kSumFloats = 1 << 17;  // of float32 sums a thread keeps when tokens get several terms: half of L2
-
-inline int64_t sum_tokens(const ExpandJob& job, int64_t columns) {
-  if (job.params->num_choices * job.num_weights == 1) return 0;
-  const int64_t fit = kSumFloats / columns, tokens = job.params->num_tokens;
-  return tokens < fit ? tokens : fit < 16 ? 16 : fit;
-}
-
-inline int64_t expand_scratch(const ExpandJob& job, int64_t columns) {
-  return job.params->r_max * kPanelColumns + sum_tokens(job, columns) * columns;
+// panel_tile<M, V> added to M rows of `out`; only the first `live` columns exist.
+template <typename T, int M, int V, typename D>
+void add_panel(const typename Outer<T>::Cell* const* left, int64_t step, const typename Outer<T>::Cell* panel,
+               int64_t count, D* const* out, const float* factor, int64_t live, bool accumulate) {
+  if (live >= V * kWidth)
+    panel_tile<T, M, V>(left, step, panel, count, [&](int m, int v, Vec sum) ALWAYS_INLINE_LAMBDA {
+      add_vec(out[m] + v * kWidth, sum, factor[m], accumulate);
+    });
+  else
+    panel_tile<T, M, V>(left, step, panel, count, [&](int m, int v, Vec sum) ALWAYS_INLINE_LAMBDA {
+      const int64_t n = std::min<int64_t>(live - v * kWidth, kWidth);
+      if (n > 0) add_vec_n(out[m] + v * kWidth, sum, factor[m], accumulate, static_cast<int>(n));
+    });
 }
 
 // Where the terms of a range of columns go: the output itself, or float32 sums where a token may get several terms.
@@ -73,104 +89,142 @@ struct Target {
   bool accumulate;
 };
 
-// One slot's weight rows against the range of columns of M of its tokens, without packing.
-template <int M, typename T, typename D>
-ALWAYS_INLINE void expand_directly(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
-                                   const float* factor, int64_t width, bool accumulate) {
+// Tokens of one slot as the left side of an expand: M <= kTileTokens rows at a time.
+template <typename T, typename D>
+struct Left {
+  const typename Outer<T>::Cell* cells[kTileTokens];
+  D* out[kTileTokens];
+  float factor[kTileTokens];
+};
+
+// Few tokens against all columns of the range, the weight rows read as they lie.
+template <typename T, int M, typename D>
+ALWAYS_INLINE void expand_rows(const Left<T, D>& left, const T* rows, int64_t stride, int64_t rank, int64_t width,
+                               bool accumulate) {
   int64_t c = 0;
-  Vec acc[M];
+  Vec sum[M];
   for (; c + kWidth <= width; c += kWidth, rows += kWidth * stride) {
-    direct_tile<true, M>(left, rows, stride, rank, kWidth, acc);
-    for (int m = 0; m < M; ++m) add_vec(out[m] + c, acc[m], factor[m], accumulate);
+    direct_tile<T, M, true>(left.cells, rows, stride, rank, kWidth, sum);
+    for (int m = 0; m < M; ++m) add_vec(left.out[m] + c, sum[m], left.factor[m], accumulate);
   }
   if (c < width) {
     const int live = static_cast<int>(width - c);
-    direct_tile<false, M>(left, rows, stride, rank, live, acc);
-    for (int m = 0; m < M; ++m) add_vec_n(out[m] + c, acc[m], factor[m], accumulate, live);
+    direct_tile<T, M, false>(left.cells, rows, stride, rank, live, sum);
+    for (int m = 0; m < M; ++m) add_vec_n(left.out[m] + c, sum[m], left.factor[m], accumulate, live);
   }
 }
 
 // The same, compiled once more for rows that are exactly one vector: their addresses are then constants.
-template <int M, typename T, typename D>
-void expand_few(const T* rows, int64_t stride, int64_t rank, const float* const* left, D* const* out,
-                const float* factor, int64_t width, bool accumulate) {
+template <typename T, int M, typename D>
+void expand_directly(const Left<T, D>& left, const T* rows, int64_t stride, int64_t rank, int64_t width,
+                     bool accumulate) {
   if (stride == kWidth && rank == kWidth)
-    expand_directly<M>(rows, kWidth, kWidth, left, out, factor, width, accumulate);
+    expand_rows<T, M>(left, rows, kWidth, kWidth, width, accumulate);
   else
-    expand_directly<M>(rows, stride, rank, left, out, factor, width, accumulate);
+    expand_rows<T, M>(left, rows, stride, rank, width, accumulate);
 }
 
-// `count` pairs of one slot, against the columns of weight w that begin at `begin`.
+constexpr int64_t kPackedCells = 1 << 15;  // of weights, packed for many tokens: an eighth of L2
+
+// How many columns are packed at a time.
+inline int64_t chunk_columns(int64_t cells) {
+  return std::max<int64_t>(1, kPackedCells / (std::max<int64_t>(cells, 1) * kPanelColumns)) * kPanelColumns;
+}
+
+// Pairs of one slot against the columns of weight w that begin at `begin`.
 template <typename T, typename D>
-void expand_slot(const ExpandJob& job, int w, int64_t slot, const int32_t* pairs, int64_t count, int64_t begin,
-                 const Target<D>& target, float* panel) {
+void expand_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin, const Target<D>& target,
+                 float* scratch) {
+  using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const Weight& weight = job.weights[w];
-  const int64_t rank = rank_of(p, slot), stride = weight.row_stride, width = target.width;
+  const int64_t rank = rank_of(p, pairs.slot), cells = cells_of<T>(rank), stride = weight.row_stride;
   const T* rows =
-      static_cast<const T*>(weight.data) + slot * weight.slot_stride + begin * (job.by_columns ? stride : 1);
-  const float* left[kTileTokens];
-  D* out[kTileTokens];
-  float factor[kTileTokens];
-  const auto take = [&](const int32_t* some, int m) {
+      static_cast<const T*>(weight.data) + pairs.slot * weight.slot_stride + begin * (job.by_columns ? stride : 1);
+  Cell* left_cells = reinterpret_cast<Cell*>(scratch);
+  for (int64_t i = 0; i < pairs.count; ++i)
+    Outer<T>::pack_sums(job.left[w] + pairs.ids[i] * p.r_max, rank, left_cells + i * cells);
+  const auto take = [&](int64_t i, int m, int64_t column) {
+    Left<T, D> left;
     for (int j = 0; j < m; ++j) {
-      const int64_t pair = some[j], token = p.num_choices == 1 ? pair : pair / p.num_choices;
-      left[j] = job.left[w] + pair * p.r_max;
-      out[j] = target.data + (token - target.first_token) * target.stride;
-      factor[j] = job.use_factors ? factor_of(p, slot, pair) : 1.0f;
+      const int64_t pair = pairs.ids[i + j];
+      left.cells[j] = left_cells + (i + j) * cells;
+      left.out[j] = target.data + (token_of(p, pair) - target.first_token) * target.stride + column;
+      left.factor[j] = job.use_factors ? factor_of(p, pairs.slot, pair) : 1.0f;
     }
+    return left;
   };
-  if (job.by_columns && count <= 2) {
-    take(pairs, static_cast<int>(count));
-    if (count == 1)
-      expand_few<1>(rows, stride, rank, left, out, factor, width, target.accumulate);
-    else
-      expand_few<2>(rows, stride, rank, left, out, factor, width, target.accumulate);
+  if (job.by_columns && pairs.count <= kTileTokens) {
+    const Left<T, D> left = take(0, static_cast<int>(pairs.count), 0);
+    with_constant<kTileTokens>(static_cast<int>(pairs.count), [&](auto M) {
+      expand_directly<T, decltype(M)::value>(left, rows, stride, rank, target.width, target.accumulate);
+    });
     return;
   }
-  for (int64_t c = 0; c < width; c += kPanelColumns) {
-    const int64_t live = width - c < kPanelColumns ? width - c : kPanelColumns;
-    if (job.by_columns)
-      pack_columns(rows + c * stride, stride, rank, live, panel);
-    else
-      pack_rows<T>([&](int64_t k) { return rows + k * stride + c; }, rank, live, panel);
-    for (int64_t i = 0; i < count; i += kTileTokens) {
-      const int m = static_cast<int>(count - i < kTileTokens ? count - i : kTileTokens);
-      take(pairs + i, m);
-      Vec acc[kTileTokens][kTileVecs];
-      panel_tiles(m, left, panel, rank, acc);
-      for (int j = 0; j < m; ++j) add_row(out[j] + c, acc[j], factor[j], live, target.accumulate);
+  Cell* panels = left_cells + pairs.count * cells;
+  const int64_t chunk = chunk_columns(cells), panel_size = cells * kPanelColumns;
+  for (int64_t first = 0; first < target.width; first += chunk) {
+    const int64_t columns = std::min(chunk, target.width - first);
+    for (int64_t c = 0; c < columns; c += kPanelColumns) {
+      Cell* panel = panels + c / kPanelColumns * panel_size;
+      if (job.by_columns)
+        pack_columns(rows + (first + c) * stride, stride, rank, columns - c, kTileVecs, panel);
+      else
+        pack_rows<T>([&](int64_t k) { return rows + k * stride + first + c; }, rank, columns - c, kTileVecs, panel);
+    }
+    for (int64_t i = 0; i < pairs.count; i += kTileTokens) {
+      const int m = static_cast<int>(std::min<int64_t>(pairs.count - i, kTileTokens));
+      Left<T, D> left = take(i, m, first);
+      with_constant<kTileTokens>(m, [&](auto M) {
+        const Cell* panel = panels;
+        for (int64_t c = 0; c < columns; c += kPanelColumns, panel += panel_size) {
+          add_panel<T, decltype(M)::value, kTileVecs>(left.cells, 1, panel, cells, left.out, left.factor, columns - c,
+                                     target.accumulate);
+          for (int j = 0; j < decltype(M)::value; ++j) left.out[j] += kPanelColumns;
+        }
+      });
     }
   }
+}
+
+// How many tokens' float32 sums fit in the scratch of a thread, 0 where the terms go straight to the output.
+inline int64_t sum_tokens(const ExpandJob& job, const ExpandUnit& unit) {
+  if (!job.served) return 0;
+  const int64_t fit = kSumFloats / (unit.column_end - unit.column_begin);
+  return std::min(std::max<int64_t>(fit, 16), unit.token_end - unit.token_begin);
+}
+
+template <typename T>
+int64_t expand_scratch(const ExpandJob& job, const ExpandUnit& unit) {
+  const int64_t width = unit.column_end - unit.column_begin, cells = cells_of<T>(job.params->r_max);
+  int64_t most = 0;
+  for (int64_t i = 0; i < unit.num_groups; ++i) most = std::max(most, unit.groups[i].count);
+  return most * cells + std::max(kPackedCells, cells * kPanelColumns) + sum_tokens(job, unit) * width;
 }
 
 template <typename T>
 void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
   const LoraParams& p = *job.params;
-  const int64_t begin = unit.column_begin, end = unit.column_end;
-  const int32_t *order = p.plan.order, *starts = p.plan.starts;
-  float *panel = scratch, *sums = scratch + p.r_max * kPanelColumns;
-  const int64_t width = end - begin, block = sum_tokens(job, width);
+  const int64_t begin = unit.column_begin, width = unit.column_end - begin, block = sum_tokens(job, unit);
   T* out = static_cast<T*>(job.out) + begin;
   if (block == 0) {
     const Target<T> target{out, job.out_stride, 0, width, job.accumulate};
-    for (int64_t slot = unit.slot_begin; slot < unit.slot_end; ++slot)
-      if (starts[slot] < starts[slot + 1] && rank_of(p, slot) > 0)
-        expand_slot<T>(job, 0, slot, order + starts[slot], starts[slot + 1] - starts[slot], begin, target, panel);
+    for (int64_t i = 0; i < unit.num_groups; ++i) expand_slot<T>(job, 0, unit.groups[i], begin, target, scratch);
     return;
   }
   // Terms of a token are added in ascending order of slot, then of weight: the same in every batch.
-  for (int64_t token = 0; token < p.num_tokens; token += block) {
-    const int64_t stop = token + block < p.num_tokens ? token + block : p.num_tokens;
-    for (int64_t i = 0; i < (stop - token) * width; ++i) sums[i] = 0;
+  float* sums = scratch;
+  scratch += block * width;
+  for (int64_t token = unit.token_begin; token < unit.token_end; token += block) {
+    const int64_t stop = std::min(token + block, unit.token_end);
+    std::fill(sums, sums + (stop - token) * width, 0.0f);
     const Target<float> target{sums, width, token, width, true};
-    for (int64_t slot = 0; slot < p.num_slots; ++slot) {
-      if (rank_of(p, slot) == 0) continue;
-      int64_t first = starts[slot], last = starts[slot + 1];
-      while (first < last && order[first] < token * p.num_choices) ++first;
-      while (first < last && order[last - 1] >= stop * p.num_choices) --last;
+    for (int64_t i = 0; i < unit.num_groups; ++i) {
+      const Pairs& all = unit.groups[i];
+      const int32_t* first = std::lower_bound(all.ids, all.ids + all.count, token * p.num_choices);
+      const int32_t* last = std::lower_bound(first, all.ids + all.count, stop * p.num_choices);
       for (int w = 0; w < job.num_weights && first < last; ++w)
-        expand_slot<T>(job, w, slot, order + first, last - first, begin, target, panel);
+        expand_slot<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
     }
     for (int64_t t = token; t < stop; ++t) {
       if (!job.served[t]) continue;

@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int kWidth = 8;
-constexpr int kTileTokens = 2, kTileRows = 4, kTileVecs = 3;  // fit in 16 registers
+constexpr int kTileTokens = 4, kTileVecs = 3;  // 12 sums, 3 operands and a broadcast fit in 16 registers
 
 struct Vec {
   __m256 v;
@@ -18,10 +18,12 @@ inline Vec vec_set(float a) { return {_mm256_set1_ps(a)}; }
 inline Vec vec_add(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec vec_fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
-inline float vec_sum(Vec a) {
-  const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+// out[i] = the sum of all lanes of a[i], for four vectors at once.
+inline void vec_sum4(const Vec* a, float* out) {
+  const __m256 low = _mm256_add_ps(_mm256_unpacklo_ps(a[0].v, a[1].v), _mm256_unpackhi_ps(a[0].v, a[1].v));
+  const __m256 high = _mm256_add_ps(_mm256_unpacklo_ps(a[2].v, a[3].v), _mm256_unpackhi_ps(a[2].v, a[3].v));
+  const __m256 quads = _mm256_add_ps(_mm256_shuffle_ps(low, high, 0x44), _mm256_shuffle_ps(low, high, 0xEE));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
 }
 
 inline __m128i load_16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
@@ -69,4 +71,4 @@ inline void vec_transpose(Vec* r) {
 
 #include "simd_portable.h"
 
-#include "simd_dot.h"
+#include "simd_products.h"

@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int kWidth = 16;
-constexpr int kTileTokens = 4, kTileRows = 4, kTileVecs = 4;  // fit in 32 registers
+constexpr int kTileTokens = 6, kTileVecs = 4;  // 24 sums, 4 operands and a broadcast fit in 32 registers
 
 struct Vec {
   __m512 v;
@@ -18,11 +18,13 @@ inline Vec vec_set(float a) { return {_mm512_set1_ps(a)}; }
 inline Vec vec_add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec vec_fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
-inline float vec_sum(Vec a) {
-  const __m256 high = _mm512_extractf32x8_ps(a.v, 1), half = _mm256_add_ps(_mm512_castps512_ps256(a.v), high);
-  const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+// out[i] = the sum of all lanes of a[i], for four vectors at once.
+inline void vec_sum4(const Vec* a, float* out) {
+  const __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0].v, a[1].v), _mm512_unpackhi_ps(a[0].v, a[1].v));
+  const __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(a[2].v, a[3].v), _mm512_unpackhi_ps(a[2].v, a[3].v));
+  const __m512 quads = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x44), _mm512_shuffle_ps(low, high, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
 inline __m256i load_16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -104,8 +106,38 @@ inline void widen_pairs(f16, __m512i pairs, Vec* out) {
   out[1].v = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 }
 
-// A block of 16 rows by `depth` <= 16 columns, transposed to float32: columns[k] holds column k of all rows.
-// Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
+// A block of 16 rows by `depth` <= 16 columns of 16-bit numbers, transposed as pairs: pairs[k] holds columns 2k and
+// 2k + 1 of all rows. Unless kFull, rows from `live` on count as zero, and nothing beyond depth is read.
+template <bool kFull>
+ALWAYS_INLINE void transpose_pairs(const void* rows, int64_t stride, int live, int depth, __m512i* pairs) {
+  __m512i a[8], b[8];
+  const uint16_t* first = static_cast<const uint16_t*>(rows);
+  const uint16_t* quarter[4] = {first, first + 4 * stride, first + 8 * stride, first + 12 * stride};
+  const auto row = [&](int i) ALWAYS_INLINE_LAMBDA {
+    const uint16_t* p = quarter[i / 4] + i % 4 * stride;
+    return kFull ? load_16(p) : i < live ? load_16_n(p, depth) : _mm256_setzero_si256();
+  };
+  for (int i = 0; i < 8; ++i) {  // rows 0 1 2 3 8 9 10 11, each with the row four below it
+    const int r = i + (i & 4);
+    a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(r)), row(r + 4), 1);
+  }
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // a[i + j]: pairs j and j + 4 of four rows, then of the next four
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int j = 0; j < 4; ++j) {
+    pairs[j] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0x88);
+    pairs[j + 4] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0xDD);
+  }
+}
+
+// The same for any type, one column to a vector of float32: columns[k] holds column k of all rows.
 template <bool kFull, typename T>
 ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth, Vec* columns) {
   if constexpr (sizeof(T) == 4) {
@@ -114,38 +146,16 @@ ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth
       columns[i] = kFull ? vec_load(row) : i < live ? vec_load_n(row, depth) : vec_zero();
     }
     vec_transpose(columns);
-  } else {  // transpose pairs of 16-bit numbers as 32-bit lanes: half the shuffles; widen afterwards
-    __m512i a[8], b[8];
-    const T* quarter[4] = {rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
-    const auto row = [&](int i) ALWAYS_INLINE_LAMBDA {
-      const T* p = quarter[i / 4] + i % 4 * stride;
-      return kFull ? load_16(p) : i < live ? load_16_n(p, depth) : _mm256_setzero_si256();
-    };
-    for (int i = 0; i < 8; ++i) {  // rows 0 1 2 3 8 9 10 11, each with the row four below it
-      const int r = i + (i & 4);
-      a[i] = _mm512_inserti64x4(_mm512_castsi256_si512(row(r)), row(r + 4), 1);
-    }
-    for (int i = 0; i < 8; i += 2) {
-      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {  // a[i + j]: pairs j and j + 4 of four rows, then of the next four
-      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int j = 0; j < 4; ++j) {
-      b[j] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0x88);
-      b[j + 4] = _mm512_shuffle_i64x2(a[j], a[j + 4], 0xDD);
-    }
-    for (int i = 0; i < 8; ++i) widen_pairs(T(), b[i], columns + 2 * i);
+  } else {  // half the shuffles
+    __m512i pairs[8];
+    transpose_pairs<kFull>(rows, stride, live, depth, pairs);
+    for (int i = 0; i < 8; ++i) widen_pairs(T(), pairs[i], columns + 2 * i);
   }
 }
 
 }  // namespace
 
-#include "simd_dot.h"
+#include "simd_products.h"
 
 namespace {
 
@@ -159,6 +169,49 @@ struct Dot<bf16> {
     return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
   }
   static Vec step(Operand x, Operand w, Vec acc) { return {_mm512_dpbf16_ps(acc.v, x, w)}; }
+};
+
+template <>
+struct Outer<bf16> {
+  static constexpr int kPack = 2;
+  static constexpr bool kDirect = true;
+  struct Cell {  // a pair wherever it lies: cells of x and dy are the tensor's own rows
+    bf16 low, high;
+  };
+  using Operand = __m512bh;
+  static Operand load(const Cell* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Vec step(const Cell* a, Operand b, Vec acc) {
+    int pair;
+    std::memcpy(&pair, a, 4);
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)), b)};
+  }
+  template <bool kFull>
+  ALWAYS_INLINE static void load_block(const bf16* rows, int64_t stride, int live, int depth, Operand* cells) {
+    transpose_pairs<kFull>(rows, stride, live, depth, reinterpret_cast<__m512i*>(cells));
+  }
+  // Cells of two rows (the second may be null), n <= 16 columns, zero beyond.
+  static void pack_rows(const bf16* const* rows, int n, Cell* out) { interleave(bits(rows, 0, n), bits(rows, 1, n), out); }
+  static void pack_rows(const float* const* rows, int n, Cell* out) {
+    interleave(round_n(rows[0], n), rows[1] ? round_n(rows[1], n) : _mm256_setzero_si256(), out);
+  }
+  static void pack_sums(const float* source, int64_t n, Cell* out) {
+    for (int64_t i = 0; i < n; i += 16, out += 8) {
+      const int some = n - i < 16 ? static_cast<int>(n - i) : 16;
+      _mm256_mask_storeu_epi32(out, static_cast<__mmask8>((1u << (some + 1) / 2) - 1), round_n(source + i, some));
+    }
+  }
+
+ private:
+  static __m256i bits(const bf16* const* rows, int i, int n) {
+    return rows[i] ? load_16_n(rows[i], n) : _mm256_setzero_si256();
+  }
+  static __m256i round_n(const float* p, int n) {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(vec_load_n(p, n).v));
+  }
+  static void interleave(__m256i low, __m256i high, Cell* out) {
+    _mm512_storeu_si512(
+        out, _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+  }
 };
 #endif
 

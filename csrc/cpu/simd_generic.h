@@ -5,7 +5,7 @@
 namespace {
 
 constexpr int kWidth = 4;
-constexpr int kTileTokens = 2, kTileRows = 2, kTileVecs = 2;  // fit in 16 registers
+constexpr int kTileTokens = 4, kTileVecs = 2;  // fit in 16 registers
 
 typedef float Raw __attribute__((vector_size(16), aligned(4)));
 struct Vec {
@@ -16,7 +16,10 @@ inline Vec vec_zero() { return {Raw{0, 0, 0, 0}}; }
 inline Vec vec_set(float a) { return {Raw{a, a, a, a}}; }
 inline Vec vec_add(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec vec_fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
-inline float vec_sum(Vec a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+// out[i] = the sum of all lanes of a[i], for four vectors at once.
+inline void vec_sum4(const Vec* a, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = (a[i].v[0] + a[i].v[2]) + (a[i].v[1] + a[i].v[3]);
+}
 inline Vec vec_load(const float* p) { return {*reinterpret_cast<const Raw*>(p)}; }
 inline void vec_store(float* p, Vec a) { *reinterpret_cast<Raw*>(p) = a.v; }
 
@@ -43,4 +46,4 @@ inline void vec_transpose(Vec* rows) {
 
 #include "simd_portable.h"
 
-#include "simd_dot.h"
+#include "simd_products.h"

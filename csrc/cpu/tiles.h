@@ -1,168 +1,186 @@
 // The two micro-kernels that every LoRA op is made of. Included after one simd_*.h.
-//   dot_tile    out[m][n]  = sum_d x[m][d] * w[n][d]        both operands contiguous along the sum
-//   panel_tile  acc[m][..] = sum_k left[m][k] * panel[k][..]  the panel packed in float32, contiguous along the output
-// Each output has one accumulator whose order of additions is the same for every tile shape: results are
-// batch-invariant whatever tile a token lands in.
+//   dot_tile    out[m][n]   = sum_d x[m][d] * w[n][d]        both operands contiguous along the sum
+//   panel_tile  sum[m][..]  = sum_k left[m][k] * panel[k][..] the panel packed in cells, contiguous along the output
+// A token's sums are added in an order that depends on the length of the sum alone, never on the shape of the tile that
+// computes them: results are batch-invariant whatever tile a token lands in.
 #pragma once
+#include <algorithm>
+#include <type_traits>
+
 #include "../lorakern.h"
 
 namespace {
 
 using lorakern::Weight;
 
+constexpr int kTileRows = 4;
 constexpr int kPanelColumns = kTileVecs * kWidth;
-constexpr int64_t kDotBlock = 2048;  // elements summed before the partial sum is set aside: bounds the rounding error
+constexpr int64_t kDotBlock = 1024;  // elements of a dot product that stay in L1, and that are summed on their own
 
-template <int M, int N>
-struct Shape {};
+// Call f with the constant n, 1 <= n <= Max.
+template <int Max, typename F>
+ALWAYS_INLINE void with_constant(int n, const F& f) {
+  if constexpr (Max == 1) {
+    f(std::integral_constant<int, 1>());
+  } else {
+    if (n >= Max)
+      f(std::integral_constant<int, Max>());
+    else
+      with_constant<Max - 1>(n, f);
+  }
+}
 
+// out[m][0 .. N) (+)= the products of M rows of x with N rows of w over d <= kDotBlock elements.
 template <typename T, int M, int N>
-void dot_tile(Shape<M, N>, const T* const* x, const T* w, int64_t w_stride, int64_t d, float* const* out) {
+void dot_tile(const T* const* x, const T* w, int64_t w_stride, int64_t begin, int64_t d, float* const* out) {
   using D = Dot<T>;
-  Vec total[M][N];
+  Vec acc[M][kTileRows];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) total[m][n] = vec_zero();
-  for (int64_t begin = 0; begin < d; begin += kDotBlock) {
-    const int64_t end = begin + kDotBlock < d ? begin + kDotBlock : d;
-    Vec acc[M][N];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = vec_zero();
-    int64_t i = begin;
-    for (; i + D::kStep <= end; i += D::kStep) {
-      typename D::Operand b[N];
-      for (int n = 0; n < N; ++n) b[n] = D::load(w + n * w_stride + i);
-      for (int m = 0; m < M; ++m) {
-        const typename D::Operand a = D::load(x[m] + i);
-        for (int n = 0; n < N; ++n) acc[m][n] = D::step(a, b[n], acc[m][n]);
-      }
-    }
-    if (i < end) {
-      const int tail = static_cast<int>(end - i);
-      for (int m = 0; m < M; ++m) {
-        const typename D::Operand a = D::load_n(x[m] + i, tail);
-        for (int n = 0; n < N; ++n) acc[m][n] = D::step(a, D::load_n(w + n * w_stride + i, tail), acc[m][n]);
-      }
-    }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) total[m][n] = vec_add(total[m][n], acc[m][n]);
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m][n] = vec_sum(total[m][n]);
-}
-
-template <int M>
-void panel_tile(const float* const* left, const float* panel, int64_t k_size, Vec (*acc)[kTileVecs]) {
-  Vec sum[M][kTileVecs];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < kTileVecs; ++v) sum[m][v] = vec_zero();
-  for (int64_t k = 0; k < k_size; ++k) {
-    Vec b[kTileVecs];
-    for (int v = 0; v < kTileVecs; ++v) b[v] = vec_load(panel + k * kPanelColumns + v * kWidth);
+#pragma GCC unroll 4
+    for (int n = 0; n < kTileRows; ++n) acc[m][n] = vec_zero();
+  const T *a[M], *b[N];
+  for (int m = 0; m < M; ++m) a[m] = x[m] + begin;
+  for (int n = 0; n < N; ++n) b[n] = w + n * w_stride + begin;
+  int64_t i = 0;
+  for (; i + D::kStep <= d; i += D::kStep) {
+    typename D::Operand right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = D::load(b[n] + i);
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vec a = vec_set(left[m][k]);
-      for (int v = 0; v < kTileVecs; ++v) sum[m][v] = vec_fma(a, b[v], sum[m][v]);
+      const typename D::Operand left = D::load(a[m] + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[m][n] = D::step(left, right[n], acc[m][n]);
     }
   }
+  if (i < d) {
+    const int tail = static_cast<int>(d - i);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const typename D::Operand left = D::load_n(a[m] + i, tail);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[m][n] = D::step(left, D::load_n(b[n] + i, tail), acc[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    float sums[kTileRows];
+    vec_sum4(acc[m], sums);
+    for (int n = 0; n < N; ++n) out[m][n] = begin == 0 ? sums[n] : out[m][n] + sums[n];
+  }
+}
+
+// V vectors of the sums of M rows over `count` cells; finish(m, v, sum) takes each. Cell k of row m is left[m][k * step].
+template <typename T, int M, int V, typename Finish>
+ALWAYS_INLINE void panel_tile(const typename Outer<T>::Cell* const* left, int64_t step,
+                              const typename Outer<T>::Cell* panel, int64_t count, const Finish& finish) {
+  using O = Outer<T>;
+  Vec sum[M][V];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < kTileVecs; ++v) acc[m][v] = sum[m][v];
-}
-
-// panel_tile for the last m <= kTileTokens rows.
-inline void panel_tiles(int m, const float* const* left, const float* panel, int64_t k_size, Vec (*acc)[kTileVecs]) {
-  switch (m) {
-    case 1:
-      return panel_tile<1>(left, panel, k_size, acc);
-    case 2:
-      return panel_tile<2>(left, panel, k_size, acc);
-    case 3:
-      return panel_tile < kTileTokens<3 ? kTileTokens : 3>(left, panel, k_size, acc);
-    default:
-      return panel_tile<kTileTokens>(left, panel, k_size, acc);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[m][v] = vec_zero();
+  const typename O::Cell* a[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) a[m] = left[m];
+  for (int64_t k = 0; k < count; ++k, panel += V * kWidth) {
+    typename O::Operand right[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) right[v] = O::load(panel + v * kWidth);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[m][v] = O::step(a[m] + k * step, right[v], sum[m][v]);
   }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) finish(m, v, sum[m][v]);
 }
 
-template <typename T, int M>
-void dot_rows(int n, const T* const* x, const T* w, int64_t w_stride, int64_t d, float* const* out) {
-  switch (n) {
-    case 1:
-      return dot_tile(Shape<M, 1>(), x, w, w_stride, d, out);
-    case 2:
-      return dot_tile(Shape<M, 2>(), x, w, w_stride, d, out);
-    case 3:
-      return dot_tile(Shape < M, kTileRows<3 ? kTileRows : 3>(), x, w, w_stride, d, out);
-    default:
-      return dot_tile(Shape<M, kTileRows>(), x, w, w_stride, d, out);
-  }
-}
-
-// dot_tile for the last m <= kTileTokens tokens and n <= kTileRows rows.
-template <typename T>
-void dot_tiles(int m, int n, const T* const* x, const T* w, int64_t w_stride, int64_t d, float* const* out) {
-  switch (m) {
-    case 1:
-      return dot_rows<T, 1>(n, x, w, w_stride, d, out);
-    case 2:
-      return dot_rows<T, 2>(n, x, w, w_stride, d, out);
-    case 3:
-      return dot_rows < T, kTileTokens<3 ? kTileTokens : 3>(n, x, w, w_stride, d, out);
-    default:
-      return dot_rows<T, kTileTokens>(n, x, w, w_stride, d, out);
-  }
-}
-
-// panel[k][c] = rows[k][c] for `columns` <= kPanelColumns, zero beyond; row(k) gives the address of a row.
-template <typename T, typename Row>
-void pack_rows(Row row, int64_t k_size, int64_t columns, float* panel) {
-  for (int64_t k = 0; k < k_size; ++k) {
-    const T* source = row(k);
-    for (int v = 0; v < kTileVecs; ++v, panel += kWidth) {
-      const int64_t left = columns - v * kWidth;
-      vec_store(panel, left >= kWidth ? vec_load(source + v * kWidth)
-                       : left > 0     ? vec_load_n(source + v * kWidth, static_cast<int>(left))
-                                      : vec_zero());
-    }
-  }
-}
-
-// panel[k][c] = rows[c][k]: the same from a matrix whose rows run along k. Reads no element beyond k_size.
-template <typename T>
-void pack_columns(const T* rows, int64_t stride, int64_t k_size, int64_t columns, float* panel) {
-  for (int v = 0; v < kTileVecs; ++v) {
-    const int live = static_cast<int>(columns - v * kWidth);
-    for (int64_t k = 0; k < k_size; k += kWidth) {
-      const int depth = k_size - k < kWidth ? static_cast<int>(k_size - k) : kWidth;
-      const T* block = rows + v * kWidth * stride + k;
-      float* out = panel + k * kPanelColumns + v * kWidth;
-      Vec column[kWidth];
-      if (depth == kWidth && live >= kWidth)
-        load_block<true>(block, stride, kWidth, kWidth, column);
-      else
-        load_block<false>(block, stride, live, depth, column);
-      for (int i = 0; i < depth; ++i) vec_store(out + i * kPanelColumns, column[i]);
-    }
-  }
-}
-
-// What panel_tile computes from pack_columns, for kWidth columns and without the panel: for few tokens, where packing
-// would cost more than the sums. The order of additions is the same.
-template <bool kFull, int M, typename T>
-ALWAYS_INLINE void direct_tile(const float* const* left, const T* rows, int64_t stride, int64_t k_size, int live,
-                               Vec* acc) {
-  for (int m = 0; m < M; ++m) acc[m] = vec_zero();
+// What panel_tile<M, 1> computes, from weight rows that run along the sum and without packing them: for few tokens,
+// where packing would cost more than the sums. The order of additions is the same.
+template <typename T, int M, bool kFull>
+ALWAYS_INLINE void direct_tile(const typename Outer<T>::Cell* const* left, const T* rows, int64_t stride,
+                               int64_t depth, int live, Vec* sum) {
+  using O = Outer<T>;
+  constexpr int kCells = kWidth / O::kPack;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) sum[m] = vec_zero();
   int64_t k = 0;
-  for (; k + kWidth <= k_size; k += kWidth) {
-    Vec column[kWidth];
-    load_block<kFull>(rows + k, stride, live, kWidth, column);
-    for (int i = 0; i < kWidth; ++i)
-      for (int m = 0; m < M; ++m) acc[m] = vec_fma(vec_set(left[m][k + i]), column[i], acc[m]);
+  for (; k + kWidth <= depth; k += kWidth) {
+    typename O::Operand cells[kCells];
+    O::template load_block<kFull>(rows + k, stride, live, kWidth, cells);
+    for (int i = 0; i < kCells; ++i)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sum[m] = O::step(left[m] + k / O::kPack + i, cells[i], sum[m]);
   }
-  if (k < k_size) {
-    const int depth = static_cast<int>(k_size - k);
-    Vec column[kWidth];
-    load_block<false>(rows + k, stride, live, depth, column);
-    for (int i = 0; i < depth; ++i)
-      for (int m = 0; m < M; ++m) acc[m] = vec_fma(vec_set(left[m][k + i]), column[i], acc[m]);
+  if (k < depth) {
+    const int rest = static_cast<int>(depth - k);
+    typename O::Operand cells[kCells];
+    O::template load_block<false>(rows + k, stride, live, rest, cells);
+    for (int i = 0; i * O::kPack < rest; ++i)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sum[m] = O::step(left[m] + k / O::kPack + i, cells[i], sum[m]);
   }
+}
+
+template <typename T>
+constexpr int64_t cells_of(int64_t depth) {
+  return (depth + Outer<T>::kPack - 1) / Outer<T>::kPack;
+}
+
+// The panel of V * kWidth columns from weight rows that run along the sum: panel[k][c] = cell k of row c.
+template <typename T>
+void pack_columns(const T* rows, int64_t stride, int64_t depth, int64_t columns, int vecs,
+                  typename Outer<T>::Cell* panel) {
+  using O = Outer<T>;
+  for (int v = 0; v < vecs; ++v) {
+    const int live = static_cast<int>(columns - v * kWidth);
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      const int some = depth - k < kWidth ? static_cast<int>(depth - k) : kWidth;
+      const T* block = rows + v * kWidth * stride + k;
+      typename O::Cell* out = panel + (k / O::kPack * vecs + v) * kWidth;
+      typename O::Operand cells[kWidth / O::kPack];
+      if (some == kWidth && live >= kWidth)
+        O::template load_block<true>(block, stride, kWidth, kWidth, cells);
+      else
+        O::template load_block<false>(block, stride, live, some, cells);
+      for (int i = 0; i * O::kPack < some; ++i, out += vecs * kWidth) std::memcpy(out, &cells[i], sizeof(cells[i]));
+    }
+  }
+}
+
+// The panel from rows that run along the output: row(k) gives the address of the k-th of `depth` rows, of T or float.
+template <typename T, typename Row>
+void pack_rows(const Row& row, int64_t depth, int64_t columns, int vecs, typename Outer<T>::Cell* panel) {
+  for (int64_t k = 0; k < depth; k += Outer<T>::kPack) {
+    decltype(row(k)) rows[2] = {row(k), Outer<T>::kPack == 2 && k + 1 < depth ? row(k + 1) : nullptr};
+    for (int v = 0; v < vecs; ++v, panel += kWidth) {
+      const int64_t n = std::clamp<int64_t>(columns - v * kWidth, 0, kWidth);
+      Outer<T>::pack_rows(rows, static_cast<int>(n), panel);
+      rows[0] += n;
+      if (rows[1]) rows[1] += n;
+    }
+  }
+}
+
+// Cells of a row of T: the row itself where it is one already, else converted into `scratch`.
+template <typename T>
+const typename Outer<T>::Cell* row_cells(const T* row, int64_t n, typename Outer<T>::Cell* scratch) {
+  using O = Outer<T>;
+  if constexpr (O::kDirect)
+    if (n % O::kPack == 0) return reinterpret_cast<const typename O::Cell*>(row);
+  if constexpr (O::kPack == 1) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) vec_store(scratch + i, vec_load(row + i));
+    if (i < n) vec_store_n(scratch + i, vec_load_n(row + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+  } else {
+    scratch[n / 2] = {};
+    std::memcpy(scratch, row, n * sizeof(T));
+  }
+  return scratch;
 }
 
 }  // namespace

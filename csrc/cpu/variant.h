@@ -4,10 +4,18 @@
 
 namespace lorakern {
 
-// Tokens `order[first .. last)`, all of one slot, against some rows of A:  h[pair][row] = A[row] . x[token].
+// Some pairs of one slot, in ascending order.
+struct Pairs {
+  int64_t slot;
+  const int32_t* ids;
+  int64_t count;
+};
+
+// Some pairs against some rows of A:  h[pair][row] = A[row] . x[token].
 struct ShrinkUnit {
   int slice;
-  int64_t slot, first, last, row_begin, row_end;
+  Pairs pairs;
+  int64_t row_begin, row_end;
 };
 
 // out[t][column] (+)= sum over weights w and pairs of t of factor * left_w[pair] . weight_w[slot], for some columns.
@@ -21,21 +29,23 @@ struct ExpandJob {
   void* out;
   int64_t out_stride;
   bool accumulate;
-  const uint8_t* served;  // (T): has the token an adapter? Needed where a token may get several terms
+  const uint8_t* served;  // (T): has the token an adapter? Null where every token gets one term at most
 };
 
-// A range of columns for the pairs of a range of slots: all slots, unless every token gets one term only.
+// A range of columns for groups of pairs. Where a token may get several terms the groups ascend by slot and hold all
+// pairs of the tokens in the range.
 struct ExpandUnit {
-  int64_t slot_begin, slot_end, column_begin, column_end;
+  const Pairs* groups;
+  int64_t num_groups, token_begin, token_end, column_begin, column_end;
 };
 
-// dh[pair][r] = sum_o dy[t][o] * B[slot][o][r] for tokens order[first .. last) of one slot.
+// dh[pair][r] = sum_o dy[t][o] * B[slot][o][r].
 struct BackUnit {
   int slice;
-  int64_t slot, first, last;
+  Pairs pairs;
 };
 
-// grad[slot] += left^T right over the pairs of the slot, for some columns of `right`.
+// grad[slot] = left^T right over the pairs of a slot, for some columns of `right`.
 struct OuterJob {
   const LoraParams* params;
   const float* left;  // (T * K, r_max), factors applied
@@ -50,7 +60,7 @@ struct Variant {
   const char* name;
   int64_t panel_columns;  // widths of column ranges should be multiples of it
   void (*shrink)(const LoraParams&, const ShrinkUnit&);
-  int64_t (*expand_scratch)(const ExpandJob&, int64_t columns);  // floats
+  int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
   void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
   int64_t (*back_scratch)(const LoraParams&);
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
@@ -58,7 +68,11 @@ struct Variant {
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
 };
 
+constexpr int64_t kSumFloats = 1 << 17;  // of float32 sums a thread keeps where tokens get several terms: half of L2
+
 inline int64_t rank_of(const LoraParams& p, int64_t slot) { return p.ranks ? p.ranks[slot] : p.r_max; }
+
+inline int64_t token_of(const LoraParams& p, int64_t pair) { return p.num_choices == 1 ? pair : pair / p.num_choices; }
 
 inline float factor_of(const LoraParams& p, int64_t slot, int64_t pair) {
   return (p.scale ? p.scale[slot] : 1.0f) * (p.gates ? p.gates[pair] : 1.0f);
