@@ -8,14 +8,10 @@
 namespace lorakern::cpu {
 namespace {
 
-constexpr int64_t kGroupTokens = 256;  // enough to repay the packing of weights
+constexpr int64_t kGroupTokens = 256, kLeastGroupTokens = 64;  // enough to repay the packing of weights
 constexpr int64_t kUnitsPerThread = 4;
 
 int64_t h_size(const LoraParams& p) { return p.num_slices * p.num_tokens * p.num_choices * p.r_max; }
-
-void shrink_group(const LoraParams& p, const Pairs& pairs, const Variant& variant) {
-  for (int s = 0; s < p.num_slices; ++s) variant.shrink(p, {s, pairs, 0, rank_of(p, pairs.slot)});
-}
 
 // One job per slice: the columns of y that it fills.
 void expand_jobs(const LoraParams& p, const uint8_t* served, ExpandJob* jobs) {
@@ -48,35 +44,31 @@ void run_expand(const LoraParams& p, const Variant& variant, int threads) {
   });
 }
 
-// Groups that can be computed from x to y one by one: those of a slot where every token has one choice, those of a token
-// where hardly two tokens share a slot. False where the threads would not share the work evenly.
-bool fused_units(const LoraParams& p, int threads, std::vector<Pairs>& groups, std::vector<ExpandUnit>& units) {
+// Can every group be computed from x to y on its own, and would the threads, each taking the next group when it is done
+// with one, finish at about the same time?
+bool can_fuse(const LoraParams& p, const std::vector<Pairs>& groups, int threads) {
   constexpr int64_t kWeightsCost = 8;  // reading weights from memory takes as long as this many tokens' sums
-  units.clear();
-  if (p.num_choices == 1) {
-    make_groups(p, kGroupTokens, groups);
-    int64_t total = 0, most = 0;
-    for (const Pairs& group : groups) {
-      const int64_t cost = rank_of(p, group.slot) * (group.count + kWeightsCost);
-      total += cost;
-      most = std::max(most, cost);
-      units.push_back({&group, 1, 0, p.num_tokens, 0, 0});
-    }
-    return threads == 1 || most * kUnitsPerThread * threads <= total;
+  if (p.num_choices > 1) return false;
+  static thread_local std::vector<int64_t> loads;
+  loads.assign(threads, 0);
+  int64_t total = 0;
+  for (const Pairs& group : groups) {
+    const int64_t cost = rank_of(p, group.slot) * (group.count + kWeightsCost);
+    *std::min_element(loads.begin(), loads.end()) += cost;
+    total += cost;
   }
-  return false;
+  return *std::max_element(loads.begin(), loads.end()) * threads <= total + total / 8;
 }
 
-void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const std::vector<ExpandUnit>& units,
-               const Variant& variant, int threads) {
+// Group by group from x to y: h does not leave the cache.
+void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Variant& variant, int threads) {
   ExpandJob jobs[kMaxSlices];
-  expand_jobs(p, served_tokens(p, 1, groups), jobs);
-  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
-    ExpandUnit unit = units[i];
-    for (int64_t g = 0; g < unit.num_groups; ++g) shrink_group(p, unit.groups[g], variant);
+  expand_jobs(p, nullptr, jobs);
+  parallel_for(threads, static_cast<int64_t>(groups.size()), [&](int64_t i) {
+    const Pairs& group = groups[i];
     for (int s = 0; s < p.num_slices; ++s) {
-      unit.column_end = p.B[s].rows;
-      if (unit.column_end > 0) run_expand_unit(jobs[s], unit, variant);
+      variant.shrink(p, {s, group, 0, rank_of(p, group.slot)});
+      if (p.B[s].rows > 0) run_expand_unit(jobs[s], {&group, 1, 0, p.num_tokens, 0, p.B[s].rows}, variant);
     }
   });
 }
@@ -119,19 +111,18 @@ void expand(LoraParams p, const Indices& indices, int threads) {
 void bgmv(LoraParams p, const Indices& indices, int threads) {
   static thread_local Scratch<float> scratch;
   static thread_local std::vector<Pairs> groups;
-  static thread_local std::vector<ExpandUnit> units;
   check_ranks(p);
   check_memory(p);
   complete_plan(p, indices);
   p.h = scratch.get(h_size(p));
   const Variant& variant = variant_for(p.dtype);
   threads = threads_for(p, p.d_in + columns_of(p), threads);
-  if (fused_units(p, threads, groups, units)) {
-    run_fused(p, groups, units, variant, threads);
-  } else {
-    run_shrink(p, variant, threads);
-    run_expand(p, variant, threads);
+  for (int64_t most = kGroupTokens; most >= kLeastGroupTokens; most /= 2) {
+    make_groups(p, most, groups);
+    if (can_fuse(p, groups, threads)) return run_fused(p, groups, variant, threads);
   }
+  run_shrink(p, variant, threads);
+  run_expand(p, variant, threads);
 }
 
 }  // namespace lorakern::cpu

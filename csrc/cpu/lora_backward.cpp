@@ -81,8 +81,7 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
   factor_gradients(g, groups, dots);
 
   std::vector<ExpandUnit> expand_units;
-  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false,
-               served_tokens(p, p.num_slices, groups)};
+  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false, served_tokens(p, p.num_slices, groups)};
   for (int s = 0; s < p.num_slices; ++s) dx.left[s] = g.dh + s * pairs * p.r_max;
   if (g.dx) split_expand(dx, p.d_in, variant.panel_columns, threads, groups, expand_units);
   std::vector<OuterUnit> outer_units;

@@ -18,8 +18,7 @@ inline int vecs_of(int64_t columns) {
 // add_panel for any number of rows and vectors, to float32.
 template <typename T>
 void add_panels(int m, int vecs, const typename Outer<T>::Cell* const* left, int64_t step,
-                const typename Outer<T>::Cell* panel, int64_t count, float* const* out, int64_t live,
-                bool accumulate) {
+                const typename Outer<T>::Cell* panel, int64_t count, float* const* out, int64_t live, bool accumulate) {
   float ones[kTileTokens];
   std::fill(ones, ones + kTileTokens, 1.0f);
   with_constant<kTileTokens>(m, [&](auto M) {
@@ -81,8 +80,8 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
   const int64_t rank = rank_of(p, slot), first = p.plan.starts[slot], last = p.plan.starts[slot + 1];
   const int64_t sum_stride = job.transposed ? (rank + kWidth - 1) / kWidth * kWidth : kPanelColumns;
   Cell *columns = reinterpret_cast<Cell*>(scratch), *ranks = columns + cells_of<T>(kDepth) * kPanelColumns;
-  float* sums = scratch + outer_scratch<T>(p) -
-                kPanelColumns * ((p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns);
+  float* sums =
+      scratch + outer_scratch<T>(p) - kPanelColumns * ((p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns);
   T* grad = static_cast<T*>(job.grad) + slot * p.r_max * job.columns;
   for (int64_t column = begin; column < end; column += kPanelColumns) {
     const int64_t live = std::min<int64_t>(end - column, kPanelColumns);
@@ -128,7 +127,7 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name,    kPanelColumns,   shrink<T>, expand_scratch<T>, expand<T>, back_scratch<T>,
+  return {name,    kPanelColumns,    shrink<T>, expand_scratch<T>, expand<T>, back_scratch<T>,
           back<T>, outer_scratch<T>, outer<T>};
 }
 

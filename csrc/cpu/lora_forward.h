@@ -51,8 +51,7 @@ void shrink(const LoraParams& p, const ShrinkUnit& u) {
   } else {
     for (int64_t row = u.row_begin; row < u.row_end; row += kRows)
       for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
-        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens)
-          tiles(i, row, std::min(row + kRows, u.row_end), begin);
+        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens) tiles(i, row, std::min(row + kRows, u.row_end), begin);
   }
 }
 
@@ -61,6 +60,20 @@ template <typename D>
 ALWAYS_INLINE void add_vec(D* out, Vec value, float factor, bool accumulate) {
   vec_store(out, vec_fma(vec_set(factor), value, accumulate ? vec_load(out) : vec_zero()));
 }
+
+// The same for V vectors.
+template <int V, typename D>
+ALWAYS_INLINE void add_vecs(D* out, const Vec* value, float factor, bool accumulate) {
+  const Vec by = vec_set(factor);
+#pragma GCC unroll 4
+  for (int v = 0; v + 2 <= V; v += 2) {
+    Vec old[2] = {vec_zero(), vec_zero()};
+    if (accumulate) vec_load2(out + v * kWidth, old);
+    vec_store2(out + v * kWidth, vec_fma(by, value[v], old[0]), vec_fma(by, value[v + 1], old[1]));
+  }
+  if (V % 2) add_vec(out + (V - 1) * kWidth, value[V - 1], factor, accumulate);
+}
+
 template <typename D>
 void add_vec_n(D* out, Vec value, float factor, bool accumulate, int live) {
   vec_store_n(out, vec_fma(vec_set(factor), value, accumulate ? vec_load_n(out, live) : vec_zero()), live);
@@ -71,13 +84,16 @@ template <typename T, int M, int V, typename D>
 void add_panel(const typename Outer<T>::Cell* const* left, int64_t step, const typename Outer<T>::Cell* panel,
                int64_t count, D* const* out, const float* factor, int64_t live, bool accumulate) {
   if (live >= V * kWidth)
-    panel_tile<T, M, V>(left, step, panel, count, [&](int m, int v, Vec sum) ALWAYS_INLINE_LAMBDA {
-      add_vec(out[m] + v * kWidth, sum, factor[m], accumulate);
+    panel_tile<T, M, V>(left, step, panel, count, [&](int m, const Vec* sums) ALWAYS_INLINE_LAMBDA {
+      add_vecs<V>(out[m], sums, factor[m], accumulate);
     });
   else
-    panel_tile<T, M, V>(left, step, panel, count, [&](int m, int v, Vec sum) ALWAYS_INLINE_LAMBDA {
-      const int64_t n = std::min<int64_t>(live - v * kWidth, kWidth);
-      if (n > 0) add_vec_n(out[m] + v * kWidth, sum, factor[m], accumulate, static_cast<int>(n));
+    panel_tile<T, M, V>(left, step, panel, count, [&](int m, const Vec* sums) ALWAYS_INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int64_t n = std::min<int64_t>(live - v * kWidth, kWidth);
+        if (n > 0) add_vec_n(out[m] + v * kWidth, sums[v], factor[m], accumulate, static_cast<int>(n));
+      }
     });
 }
 
@@ -179,7 +195,7 @@ void expand_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin,
         const Cell* panel = panels;
         for (int64_t c = 0; c < columns; c += kPanelColumns, panel += panel_size) {
           add_panel<T, decltype(M)::value, kTileVecs>(left.cells, 1, panel, cells, left.out, left.factor, columns - c,
-                                     target.accumulate);
+                                                      target.accumulate);
           for (int j = 0; j < decltype(M)::value; ++j) left.out[j] += kPanelColumns;
         }
       });

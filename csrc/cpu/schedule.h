@@ -31,8 +31,7 @@ inline void make_groups(const LoraParams& p, int64_t most, std::vector<Pairs>& g
   for (int64_t slot = 0; slot < p.num_slots; ++slot) {
     const int64_t first = p.plan.starts[slot], last = p.plan.starts[slot + 1];
     if (first == last || rank_of(p, slot) == 0) continue;
-    for (int64_t i = first; i < last; i += most)
-      groups.push_back({slot, p.plan.order + i, std::min(most, last - i)});
+    for (int64_t i = first; i < last; i += most) groups.push_back({slot, p.plan.order + i, std::min(most, last - i)});
   }
 }
 

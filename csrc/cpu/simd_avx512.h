@@ -160,6 +160,19 @@ ALWAYS_INLINE void load_block(const T* rows, int64_t stride, int live, int depth
 namespace {
 
 #ifdef __AVX512BF16__
+// A word goes to the upper half of its lane: a shuffle for what is otherwise a shuffle and a shift.
+inline void vec_load2(const bf16* p, Vec* out) {
+  const __m512i words = _mm512_loadu_si512(p);
+  const __m512i low = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0, 6, 0, 5, 0, 4, 0, 3,
+                                       0, 2, 0, 1, 0, 0, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  out[0].v = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, low, words));
+  out[1].v = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, high, words));
+}
+inline void vec_store2(bf16* p, Vec a, Vec b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+}
+
 template <>
 struct Dot<bf16> {
   static constexpr int kStep = 32;
@@ -190,7 +203,9 @@ struct Outer<bf16> {
     transpose_pairs<kFull>(rows, stride, live, depth, reinterpret_cast<__m512i*>(cells));
   }
   // Cells of two rows (the second may be null), n <= 16 columns, zero beyond.
-  static void pack_rows(const bf16* const* rows, int n, Cell* out) { interleave(bits(rows, 0, n), bits(rows, 1, n), out); }
+  static void pack_rows(const bf16* const* rows, int n, Cell* out) {
+    interleave(bits(rows, 0, n), bits(rows, 1, n), out);
+  }
   static void pack_rows(const float* const* rows, int n, Cell* out) {
     interleave(round_n(rows[0], n), rows[1] ? round_n(rows[1], n) : _mm256_setzero_si256(), out);
   }

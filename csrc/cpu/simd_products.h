@@ -5,6 +5,18 @@
 
 namespace {
 
+// Two neighbouring vectors at once, for types that have something better than one after the other.
+template <typename T>
+inline void vec_load2(const T* p, Vec* out) {
+  out[0] = vec_load(p);
+  out[1] = vec_load(p + kWidth);
+}
+template <typename T>
+inline void vec_store2(T* p, Vec a, Vec b) {
+  vec_store(p, a);
+  vec_store(p + kWidth, b);
+}
+
 // One step of a dot product: kStep elements of x and of w into the accumulator.
 template <typename T>
 struct Dot {

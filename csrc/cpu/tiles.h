@@ -71,7 +71,8 @@ void dot_tile(const T* const* x, const T* w, int64_t w_stride, int64_t begin, in
   }
 }
 
-// V vectors of the sums of M rows over `count` cells; finish(m, v, sum) takes each. Cell k of row m is left[m][k * step].
+// V vectors of the sums of M rows over `count` cells; finish(m, sums) takes each row. Cell k of row m is left[m][k *
+// step].
 template <typename T, int M, int V, typename Finish>
 ALWAYS_INLINE void panel_tile(const typename Outer<T>::Cell* const* left, int64_t step,
                               const typename Outer<T>::Cell* panel, int64_t count, const Finish& finish) {
@@ -94,16 +95,14 @@ ALWAYS_INLINE void panel_tile(const typename Outer<T>::Cell* const* left, int64_
       for (int v = 0; v < V; ++v) sum[m][v] = O::step(a[m] + k * step, right[v], sum[m][v]);
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) finish(m, v, sum[m][v]);
+  for (int m = 0; m < M; ++m) finish(m, sum[m]);
 }
 
 // What panel_tile<M, 1> computes, from weight rows that run along the sum and without packing them: for few tokens,
 // where packing would cost more than the sums. The order of additions is the same.
 template <typename T, int M, bool kFull>
-ALWAYS_INLINE void direct_tile(const typename Outer<T>::Cell* const* left, const T* rows, int64_t stride,
-                               int64_t depth, int live, Vec* sum) {
+ALWAYS_INLINE void direct_tile(const typename Outer<T>::Cell* const* left, const T* rows, int64_t stride, int64_t depth,
+                               int live, Vec* sum) {
   using O = Outer<T>;
   constexpr int kCells = kWidth / O::kPack;
 #pragma GCC unroll 8
