@@ -9,7 +9,8 @@
 // Plan       order (T * K): pair ids sorted stably by slot, pairs without an adapter last. starts (slots + 1): the
 //            pairs of slot i are order[starts[i]] .. order[starts[i + 1] - 1].
 // Numbers    16-bit or 32-bit floats in and out, every sum in float32 in an order that depends on nothing but the
-//            shapes of one token's own computation: a token gives the same bits alone and in any batch.
+//            shapes of one token's own computation: a token gives the same bits alone and in any batch. Where the
+//            hardware multiplies bfloat16 as it is, h (and dh) is rounded to bfloat16 once, as a factor.
 // Ownership  the caller owns every pointer; a kernel keeps none of them after it returns.
 #pragma once
 #include <cstdint>

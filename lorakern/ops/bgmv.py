@@ -162,8 +162,9 @@ def bgmv(y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, 
         accumulate: add to y (True), or overwrite the rows that have an adapter (False).
 
     Returns:
-        y. Sums are float32 and y is rounded once; a token's result is bitwise the same alone and in any batch. Where
-        an input requires a gradient the update is computed by `lora_delta` and then added.
+        y. Sums are float32 and y is rounded once (bfloat16 on hardware that multiplies it: A x is rounded to bfloat16
+        too before B multiplies it); a token's result is bitwise the same alone and in any batch. Where an input
+        requires a gradient the update is computed by `lora_delta` and then added.
 
     Raises:
         LorakernError: an argument of another shape, dtype or device, y that shares memory with an input, or (on the
