@@ -10,9 +10,11 @@ using lorakern::OuterJob;
 
 constexpr int64_t kDepth = 256;  // how much of the summed dimension is packed, and summed on its own, at a time
 
-// How many vectors of a panel hold `columns` columns.
+// How many vectors of a panel hold `columns` columns: a power of two, or all.
 inline int vecs_of(int64_t columns) {
-  return static_cast<int>(std::min<int64_t>((columns + kWidth - 1) / kWidth, kTileVecs));
+  int vecs = 1;
+  while (vecs < kTileVecs && vecs * kWidth < columns) vecs = std::min(2 * vecs, kTileVecs);
+  return vecs;
 }
 
 // add_panel for any number of rows and vectors, to float32.
@@ -22,9 +24,12 @@ void add_panels(int m, int vecs, const typename Outer<T>::Cell* const* left, int
   float ones[kTileTokens];
   std::fill(ones, ones + kTileTokens, 1.0f);
   with_constant<kTileTokens>(m, [&](auto M) {
-    with_constant<kTileVecs>(vecs, [&](auto V) {
+    const auto add = [&](auto V) {
       add_panel<T, decltype(M)::value, decltype(V)::value>(left, step, panel, count, out, ones, live, accumulate);
-    });
+    };
+    if (vecs == 1) return add(std::integral_constant<int, 1>());
+    if (vecs == 2) return add(std::integral_constant<int, 2>());
+    add(std::integral_constant<int, kTileVecs>());
   });
 }
 
@@ -78,7 +83,8 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
   using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const int64_t rank = rank_of(p, slot), first = p.plan.starts[slot], last = p.plan.starts[slot + 1];
-  const int64_t sum_stride = job.transposed ? (rank + kWidth - 1) / kWidth * kWidth : kPanelColumns;
+  const int64_t sum_stride =
+      job.transposed ? (rank + kPanelColumns - 1) / kPanelColumns * kPanelColumns : kPanelColumns;
   Cell *columns = reinterpret_cast<Cell*>(scratch), *ranks = columns + cells_of<T>(kDepth) * kPanelColumns;
   float* sums =
       scratch + outer_scratch<T>(p) - kPanelColumns * ((p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns);

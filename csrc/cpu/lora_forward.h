@@ -34,12 +34,15 @@ void shrink(const LoraParams& p, const ShrinkUnit& u) {
       out[j] = h + pair * p.r_max + row_begin;
     }
     with_constant<kTileTokens>(m, [&](auto M) {
-      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-        const T* w = rows + row * weight.row_stride;
-        with_constant<kTileRows>(static_cast<int>(row_end - row), [&](auto N) {
-          dot_tile<T, decltype(M)::value, decltype(N)::value>(x, w, weight.row_stride, begin, depth, out);
-        });
+      int64_t row = row_begin;
+      for (; row + kTileRows <= row_end; row += kTileRows) {
+        dot_tile<T, decltype(M)::value, kTileRows>(x, rows + row * weight.row_stride, weight.row_stride, begin, depth,
+                                                   out);
         for (int j = 0; j < m; ++j) out[j] += kTileRows;
+      }
+      for (; row < row_end; ++row) {
+        dot_tile<T, decltype(M)::value, 1>(x, rows + row * weight.row_stride, weight.row_stride, begin, depth, out);
+        for (int j = 0; j < m; ++j) ++out[j];
       }
     });
   };
@@ -130,11 +133,11 @@ ALWAYS_INLINE void expand_rows(const Left<T, D>& left, const T* rows, int64_t st
   }
 }
 
-// The same, compiled once more for rows that are exactly one vector: their addresses are then constants.
+// The same, compiled once more for one or two tokens and rows of exactly one vector: their addresses are constants.
 template <typename T, int M, typename D>
 void expand_directly(const Left<T, D>& left, const T* rows, int64_t stride, int64_t rank, int64_t width,
                      bool accumulate) {
-  if (stride == kWidth && rank == kWidth)
+  if (M <= 2 && stride == kWidth && rank == kWidth)
     expand_rows<T, M>(left, rows, kWidth, kWidth, width, accumulate);
   else
     expand_rows<T, M>(left, rows, stride, rank, width, accumulate);
