@@ -1,6 +1,7 @@
 """The C++ backend: addresses and strides go to `lorakern._cpu`, which knows nothing of torch.
 
-It uses the OpenMP runtime that torch has loaded and as many threads as `torch.get_num_threads()` says.
+It uses the OpenMP runtime that torch has loaded and as many threads as `torch.get_num_threads()` says. Calls with
+nothing unusual about them do not come here: `lorakern.ops._fast` is their shorter way to the same kernels.
 """
 
 import torch
