@@ -33,7 +33,7 @@ def cpu_extension() -> Pybind11Extension:
     # No fast-math and no contraction: results must not depend on what a compiler finds convenient.
     return Pybind11Extension(
         "lorakern._cpu",
-        [str(CSRC / "bind_cpu.cpp"), *map(str, sources)],
+        [str(CSRC / "bind_cpu.cpp"), str(CSRC / "fast_call.cpp"), *map(str, sources)],
         depends=[*map(str, CSRC.glob("*.h")), *map(str, CSRC.glob("cpu/*.h"))],
         cxx_std=17,
         extra_compile_args=[

@@ -4,6 +4,7 @@
 
 #include "cpu/lora.h"
 #include "cpu/threads.h"
+#include "fast_call.h"
 
 namespace py = pybind11;
 
@@ -90,31 +91,6 @@ void bgmv(const MatrixTuple& y, const MatrixTuple& x, const std::vector<WeightTu
   cpu::bgmv(p, indices_of(indices), threads);
 }
 
-// bgmv with all but y and x given once, for a layer that meets the same routing step after step. Holds addresses: the
-// Python side keeps the tensors alive.
-class Prepared {
- public:
-  Prepared(const std::vector<WeightTuple>& A, const std::vector<WeightTuple>& B, const SizeTuple& sizes,
-           const IndexTuple& indices, const RoutingTuple& routing, bool accumulate)
-      : params_(params_of(sizes, A, B, routing)), indices_(indices_of(indices)) {
-    params_.accumulate = accumulate;
-  }
-
-  void operator()(uintptr_t y, int64_t y_stride, uintptr_t x, int64_t x_stride, int threads) const {
-    LoraParams p = params_;
-    p.y = pointer<void>(y);
-    p.y_stride = y_stride;
-    p.x = pointer<const void>(x);
-    p.x_stride = x_stride;
-    py::gil_scoped_release release;
-    cpu::bgmv(p, indices_, threads);
-  }
-
- private:
-  LoraParams params_;
-  cpu::Indices indices_;
-};
-
 void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<WeightTuple>& A,
               const std::vector<WeightTuple>& B, const SizeTuple& sizes, const IndexTuple& indices,
               const RoutingTuple& routing, uintptr_t dx, const std::vector<uintptr_t>& dA,
@@ -143,12 +119,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("expand", &expand);
   m.def("bgmv", &bgmv);
   m.def("backward", &backward);
-  py::class_<Prepared>(m, "Prepared")
-      .def(py::init<const std::vector<WeightTuple>&, const std::vector<WeightTuple>&, const SizeTuple&,
-                    const IndexTuple&, const RoutingTuple&, bool>())
-      .def("__call__", &Prepared::operator());
   m.def("usable_isas", &cpu::usable_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("force_isa", &cpu::force_isa);
   m.def("has_thread_pool", &has_thread_pool);
+  define_fast_calls(m);
 }

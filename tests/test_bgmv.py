@@ -10,7 +10,6 @@ from problems import POPULARITIES, TOLERANCES, error_ratio, problem
 
 import lorakern as lk
 from lorakern.backends import cpu
-from lorakern.ops import PreparedBgmv
 
 DTYPES = list(TOLERANCES)
 SHAPES = [  # tokens, choices, slots, d_in, d_outs, r_max
@@ -215,30 +214,6 @@ def test_sgmv_is_bgmv_of_the_segments(seg_starts):
     starts = torch.tensor(seg_starts)
     result = lk.sgmv(p.y.clone(), p.x, p.A, p.B, starts, slots, scale=scale, ranks=ranks, y_offset=2)
     assert torch.equal(result, expected) and not torch.equal(result, p.y)
-
-
-@pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
-def test_prepared_call_is_bgmv_bit_for_bit(shape):
-    p = build(torch.bfloat16, shape)
-    run = PreparedBgmv(p.A, p.B, p.indices, plan=lk.plan(p.indices, shape[2]), y_offset=3, **p.options)
-    expected = p.bgmv()
-    y, strided = p.y.clone(), p.y.t().contiguous().t()
-    run(y, p.x)
-    run(strided, p.x.t().contiguous().t())
-    assert torch.equal(y, expected) and torch.equal(strided, expected) and not torch.equal(y, p.y)
-    p.B[0].mul_(2)
-    again = p.y.clone()
-    run(again, p.x)
-    assert torch.equal(again, p.bgmv()) and not torch.equal(again, expected)
-
-
-def test_prepared_call_refuses_shared_memory():
-    a, b = torch.randn(2, 4, 32), torch.randn(2, 32, 4)
-    run, x = PreparedBgmv(a, b, torch.tensor([0, 1])), torch.randn(2, 32)
-    before = x.clone()
-    with pytest.raises(lk.LorakernError, match="share memory with x"):
-        run(x, x)
-    assert torch.equal(x, before)
 
 
 def test_plan_groups_stably():

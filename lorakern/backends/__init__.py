@@ -25,7 +25,7 @@ _ORDER = {
     },
 }
 
-_forced: ContextVar[str | None] = ContextVar("lorakern_backend", default=os.environ.get("LORAKERN_BACKEND") or None)
+FORCED: ContextVar[str | None] = ContextVar("lorakern_backend", default=os.environ.get("LORAKERN_BACKEND") or None)
 
 
 @contextmanager
@@ -42,11 +42,11 @@ def use_backend(name: str):
         LorakernError: the name is unknown, or that backend is missing on this machine.
     """
     _usable(name)
-    token = _forced.set(name)
+    token = FORCED.set(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        FORCED.reset(token)
 
 
 def _usable(name):
@@ -59,7 +59,7 @@ def _usable(name):
 
 def select(op: str, device_type: str):
     """The backend module that runs `op` on tensors of this device type."""
-    if (name := _forced.get()) is not None:
+    if (name := FORCED.get()) is not None:
         backend = _usable(name)
         if not hasattr(backend, op):
             raise LorakernError(f"{op}: backend {name!r} does not implement it; leave the choice to lorakern")

@@ -1,6 +1,7 @@
 """The C++ backend: addresses and strides go to `lorakern._cpu`, which knows nothing of torch.
 
-It uses the OpenMP runtime that torch has loaded and as many threads as `torch.get_num_threads()` says.
+It uses the OpenMP runtime that torch has loaded and as many threads as `torch.get_num_threads()` says. Calls with
+nothing unusual about them do not come here: `lorakern.ops._fast` is their shorter way to the same kernels.
 """
 
 import torch
@@ -113,20 +114,6 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
         _call(_cpu.bgmv, target, source, _weights(A), weights, sizes, _indices(indices), routing, accumulate)
 
     _write(y, sum(w[3] for w in weights), y_offset, run)
-
-
-def prepare(dtype, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    """bgmv as a function of y and x alone, their rows contiguous; it keeps the tensors that it was given alive."""
-    _, r_max, d_in = A[0].shape
-    routing, kept = _routing(scale, ranks, gates, order, starts, r_max)
-    sizes = _sizes(dtype, indices, A[0], r_max, d_in)
-    call = _cpu.Prepared(_weights(A), _weights(B), sizes, _indices(indices), routing, accumulate)
-    offset = y_offset * A[0].element_size()
-
-    def run(y, x, _alive=(A, B, indices, kept)):
-        _call(call, y.data_ptr() + offset, y.stride(0), x.data_ptr(), x.stride(0))
-
-    return run
 
 
 def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):

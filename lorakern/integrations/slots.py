@@ -8,7 +8,7 @@ import torch
 
 from lorakern.adapters import LoraFactors
 from lorakern.errors import LorakernError
-from lorakern.ops import Plan, PreparedBgmv, plan
+from lorakern.ops import Plan, plan
 
 
 class Group:
@@ -95,16 +95,6 @@ class Route(NamedTuple):
     indices: torch.Tensor  # (T, 1) int32
     plan: Plan
     same_dtype: bool
-    calls: dict[LayerSlots, tuple[Bank, PreparedBgmv]]
-
-    def call(self, layer: LayerSlots, bank: Bank) -> PreparedBgmv:
-        """bgmv of one layer on this route, prepared at the first step and whenever the slots have grown."""
-        made = self.calls.get(layer)
-        if made is None or made[0] is not bank:
-            A, B, scale, ranks, _ = bank
-            made = bank, PreparedBgmv(A, B, self.indices, scale=scale, ranks=ranks, plan=self.plan)
-            self.calls[layer] = made
-        return made[1]
 
 
 class Rows:
@@ -135,7 +125,7 @@ class Rows:
             with torch.inference_mode(False):  # a later step of the same block may save these for its backward
                 rows = torch.tensor([slot if slot in group.served else -1 for slot in self.slots], dtype=torch.int32)
                 indices = rows.to(group.device).repeat_interleave(tokens // named).unsqueeze(1)
-                route = Route(indices, plan(indices, group.num_slots), x.dtype == y.dtype == group.dtype, {})
+                route = Route(indices, plan(indices, group.num_slots), x.dtype == y.dtype == group.dtype)
         if len(self.routes) >= 64:  # a long block, such as a training loop, meets ever new lengths
             self.routes.clear()
         self.routes[key] = route

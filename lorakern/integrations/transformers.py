@@ -17,7 +17,6 @@ from lorakern.ops import bgmv, lora_delta
 
 # The rows that each attached model serves now. Of a ContextVar every thread and asyncio task sees its own value.
 _ACTIVE: ContextVar[Mapping["AttachedModel", Rows]] = ContextVar("lorakern_rows", default={})  # noqa: B039
-# The registered op itself: the checks of `lorakern.bgmv`, here made once a shape, take longer than a small update.
 
 
 def attach(
@@ -238,7 +237,7 @@ class AttachedModel:
 def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
     """The forward hook of one layer. It runs hundreds of times a token: all that can be known before is."""
     d_in, d_out = layer.d_in, layer.d_out
-    active, grad_enabled, compiling = _ACTIVE.get, torch.is_grad_enabled, torch.compiler.is_compiling
+    active = _ACTIVE.get
 
     def add_update(module, inputs, named, y):
         rows = active().get(owner)
@@ -255,9 +254,6 @@ def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
         if route is None:
             return
         x, y = x.reshape(-1, d_in), y.view(-1, d_out)
-        if route.same_dtype and not (y.requires_grad and grad_enabled()) and not compiling():
-            route.call(layer, bank)(y, x)
-            return
         options = {"scale": bank.scale, "ranks": bank.ranks, "plan": route.plan}
         if route.same_dtype:
             bgmv(y, x, bank.A, bank.B, route.indices, **options)

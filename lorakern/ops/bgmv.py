@@ -1,9 +1,10 @@
 """bgmv, sgmv and lora_delta: every token of a batch through its own adapter, or a gated mixture of several."""
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode as in_dispatch_mode
+from torch.compiler import is_dynamo_compiling
 
 from lorakern.ops import _checks as check
+from lorakern.ops._fast import fast
 from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.plan import check_plan
 
@@ -178,43 +179,13 @@ def bgmv(y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, 
     >>> lk.bgmv(y, x, A, B, torch.tensor([0, 1, -1]), scale=torch.tensor([1.0, 0.5])).tolist()
     [[32.0, 32.0], [16.0, 16.0], [0.0, 0.0]]
     """
+    if not is_dynamo_compiling():
+        done = fast.bgmv(y, x, A, B, indices, scale, ranks, gates, plan, y_offset, accumulate)
+        if done is not None:
+            return done
     return _bgmv_checked(
         "bgmv", y, _normalised("bgmv", x, A, B, indices, scale, ranks, gates, plan), y_offset, accumulate
     )
-
-
-class PreparedBgmv:
-    """`bgmv` of one layer for a routing that comes back step after step: all but y and x is checked and packed once.
-
-    For integrations that call hundreds of layers a token, where the checks of `bgmv` would cost more than the kernel.
-    The arguments are those of `bgmv`; y and x of a call must have the dtype, device and sizes that these imply, and
-    autograd does not follow the call. Weights may change in place between calls; other ranks or scales need a new one.
-
-    >>> import torch, lorakern as lk
-    >>> from lorakern.ops import PreparedBgmv
-    >>> run = PreparedBgmv(torch.ones(2, 4, 8), torch.ones(2, 3, 4), torch.tensor([1, -1]))
-    >>> y = torch.zeros(2, 3)
-    >>> run(y, torch.ones(2, 8))
-    >>> y.tolist()
-    [[32.0, 32.0, 32.0], [0.0, 0.0, 0.0]]
-    """
-
-    __slots__ = ("_arguments", "_run")
-
-    def __init__(self, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y_offset=0, accumulate=True):
-        A, B = check.as_slices("bgmv", "A", A), check.as_slices("bgmv", "B", B)
-        model = A[0].new_empty(indices.shape[0], A[0].shape[2])
-        _, *arguments = _normalised("bgmv", model, A, B, indices, scale, ranks, gates, plan)
-        self._arguments = (*arguments, y_offset, accumulate)
-        backend = backend_for("bgmv", model)
-        self._run = backend.prepare(model.dtype, *self._arguments) if hasattr(backend, "prepare") else None
-
-    def __call__(self, y, x):
-        plain = type(y) is torch.Tensor and y.stride(1) == 1 and x.stride(1) == 1
-        if self._run is None or not plain or torch.compiler.is_compiling() or in_dispatch_mode():
-            torch.ops.lorakern.bgmv_(y, x, *self._arguments)
-        else:
-            self._run(y, x)
 
 
 def sgmv(y, x, A, B, seg_starts, slots, *, scale=None, ranks=None, y_offset=0, accumulate=True):
@@ -236,6 +207,10 @@ def sgmv(y, x, A, B, seg_starts, slots, *, scale=None, ranks=None, y_offset=0, a
     >>> lk.sgmv(y, x, A, B, torch.tensor([0, 2, 3]), torch.tensor([1, -1])).tolist()
     [[32.0, 32.0], [32.0, 32.0], [0.0, 0.0]]
     """
+    if not is_dynamo_compiling():
+        done = fast.sgmv(y, x, A, B, seg_starts, slots, scale, ranks, y_offset, accumulate)
+        if done is not None:
+            return done
     check.check_activations("sgmv", "x", x)
     for name, tensor in (("seg_starts", seg_starts), ("slots", slots)):
         if not isinstance(tensor, torch.Tensor) or tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
@@ -288,4 +263,8 @@ def lora_delta(x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=Non
     >>> gates.grad.tolist()
     [[64.0, 64.0]]
     """
+    if not is_dynamo_compiling():
+        delta = fast.lora_delta(x, A, B, indices, scale, ranks, gates, plan)
+        if delta is not None:
+            return delta
     return torch.ops.lorakern.lora_delta(*_normalised("lora_delta", x, A, B, indices, scale, ranks, gates, plan))

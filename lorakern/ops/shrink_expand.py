@@ -1,8 +1,10 @@
 """shrink and expand: the two halves of bgmv, for callers that need what lies between them."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from lorakern.ops import _checks as check
+from lorakern.ops._fast import fast
 from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.plan import check_plan
 
@@ -61,6 +63,10 @@ def shrink(x, A, indices, *, ranks=None, plan=None, out=None):
     >>> h[0, :, 0].tolist()
     [[8.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
     """
+    if not is_dynamo_compiling():
+        h = fast.shrink(x, A, indices, ranks, plan, out)
+        if h is not None:
+            return h
     check.check_activations("shrink", "x", x)
     A = check.as_slices("shrink", "A", A)
     slots, r_max = check.weight_dims("shrink", "A", A, 1)
@@ -111,6 +117,10 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     >>> lk.expand(y, h, torch.ones(3, 3, 4), torch.tensor([2, -1]), scale=0.5).tolist()
     [[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
     """
+    if not is_dynamo_compiling():
+        done = fast.expand(y, h, B, indices, scale, ranks, gates, plan, y_offset, accumulate)
+        if done is not None:
+            return done
     check.check_activations("expand", "y", y)
     B = check.as_slices("expand", "B", B)
     slots, r_max = check.weight_dims("expand", "B", B, 2)
