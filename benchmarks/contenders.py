@@ -1,8 +1,8 @@
 """lorakern as the benchmarks call it, the public way, and what a call is made of.
 
-A contender is made from `Inputs` and is a function of the number of a copy of the weights. Forward it adds to `inputs.y`;
-backward it returns the gradients. What depends on the routing alone (the plan; a rival's rows of each adapter) is made
-once, outside of the timed calls: a serving step does it once for all layers.
+A contender is made from `Inputs` and is a function of the number of a copy of the weights. Forward it adds to
+`inputs.y`; backward it returns the gradients. What depends on the routing alone (the plan; a rival's rows of each
+adapter) is made once, outside of the timed calls: a serving step does it once for all layers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import lorakern as lk
 from benchmarks.inputs import Inputs
 from lorakern.backends import cpu as cpu_backend
+from lorakern.errors import LorakernError
 
 Call = Callable[[int], object]
 
@@ -41,7 +42,11 @@ def ours(device: str) -> dict[str, Callable[[Inputs], Call]]:
 
         return make
 
-    return {f"lorakern {name}": on(name) for name in ("cuda", "triton") if known[name] is None}
+    usable = [name for name in ("cuda", "triton") if known[name] is None]
+    if not usable:
+        reasons = "; ".join(f"{name}: {known[name]}" for name in ("cuda", "triton"))
+        raise LorakernError(f"bench: --device cuda needs the backend cuda or triton, and both are missing ({reasons})")
+    return {f"lorakern {name}": on(name) for name in usable}
 
 
 def lorakern_call(inputs: Inputs) -> Call:

@@ -64,8 +64,8 @@ def measure(device: str, probe: ReadProbe, effort: Effort) -> dict:
         b = torch.randn(k, n, device=device).to(a.dtype)
         functions[f"mm {dtype}"] = lambda a=a, b=b: torch.mm(a, b)
     if device == "cpu":
+        loop = cpu_backend._cpu.fma_loop
         for bf16 in (False, True):
-            loop = cpu_backend._cpu.fma_loop
             instruction, operations, _ = loop(bf16, FMA_ROUNDS, torch.get_num_threads())
             instructions[instruction] = operations
             functions[f"fma {instruction}"] = lambda bf16=bf16: loop(bf16, FMA_ROUNDS, torch.get_num_threads())

@@ -115,7 +115,7 @@ def _mm_loop_gradient(inputs: Inputs) -> Call:
 
 
 def mm_runs(inputs: Inputs) -> Call:
-    """The mm loop for tokens that come in runs: slices instead of indices, and the addition fused into the second mm."""
+    """The mm loop on runs of tokens: slices instead of indices, and the addition fused into the second mm."""
     if not inputs.case.runs or inputs.case.choices > 1:
         raise Skipped("tokens do not come in runs")
     if inputs.case.op == "backward":

@@ -27,10 +27,8 @@ def error_of(call: Call, inputs: Inputs, rows: torch.Tensor, wanted: list[torch.
     """The error ratio of the worst result of one call; a result that is not finite is infinitely wrong."""
     inputs.y.zero_()
     result = call(0)
-    if inputs.case.op == "backward":
-        results = getattr(call, "stacked", lambda same: same)(result)
-    else:
-        results = [inputs.y[rows]]
+    stacked = getattr(call, "stacked", lambda same: same)
+    results = stacked(result) if inputs.case.op == "backward" else [inputs.y[rows]]
     if not all(torch.isfinite(got).all() for got in results):
         return float("inf")
     return max(case_inputs.error_ratio(got, exact) for got, exact in zip(results, wanted, strict=True))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cases, floors, machine, records, registry, report, runner  # noqa: F401
+from benchmarks import cases, contenders, floors, machine, records, registry, report, runner  # noqa: F401
 from benchmarks.records import Results
 from benchmarks.rivals import RIVALS
 from benchmarks.timing import QUICK, Effort
@@ -25,7 +25,7 @@ class Options:
     only: str | None = None
     quick: bool = False
     device: str = "cpu"
-    rivals: bool = True
+    rivals: bool = True  # time them too
     json: Path | None = None
     plots: Path | None = None
     results: Path | None = None
@@ -79,6 +79,8 @@ def _chosen(options: Options) -> list[registry.Case]:
         raise LorakernError(f"bench: --device must be cpu or cuda; got {options.device!r}")
     if options.device == "cuda" and not torch.cuda.is_available() and not options.list:
         raise LorakernError("bench: --device cuda needs a CUDA device, and torch sees none; use --device cpu")
+    if options.device == "cuda" and not options.list:
+        contenders.ours("cuda")
     chosen = registry.select(list(options.suites), options.only, options.quick)
     if not chosen and not options.source:
         raise LorakernError(f"bench: no case is left by --suite and --only {options.only!r}; --list shows all names")

@@ -18,10 +18,6 @@ class Verdict:
     measured: str
 
 
-def _companion(record: dict) -> dict:
-    return next(run for run in record["runs"].values() if "companion" in run)
-
-
 def _mean(numbers: list[int]) -> float:
     return sum(numbers) / len(numbers)
 
@@ -43,21 +39,26 @@ def evaluate(target: Target, results: Results) -> Verdict:
     if target.metric == "bandwidth":
         rate, peak = record["floor"]["bytes"] / run["seconds"], record["floor"]["read_bandwidth"]
         value = rate / peak
-        return Verdict(value >= target.bound, value, f"{value:.0%} ({rate / 1e9:.1f} of {peak / 1e9:.1f} GB/s)")
+        return Verdict(value >= target.bound, value, f"{value:.1%} ({rate / 1e9:.1f} of {peak / 1e9:.1f} GB/s)")
     if target.metric == "mm_flops":
         rate, peak = record["floor"]["operations"] / run["seconds"], mm_flops(results.floors, target.case.dtype)
         value = rate / peak
-        return Verdict(value >= target.bound, value, f"{value:.0%} ({rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s)")
+        return Verdict(value >= target.bound, value, f"{value:.1%} ({rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s)")
     if target.metric == "speedup":
         rival = record["runs"].get(target.against, {"note": f"{target.against} did not run"})
         if "seconds" not in rival:
             return Verdict(None, None, f"{target.against}: {rival['note']}")
         value = rival["seconds"] / run["seconds"]
-        return Verdict(value >= target.bound, value, f"{value:.1f} x")
+        return Verdict(value >= target.bound, value, f"{value:.2f} x")
     if target.metric == "seconds":
         value = run["seconds"]
         return Verdict(value < target.bound, value, f"{value * 1e6:.2f} us")
-    ratio = run["seconds"] / _companion(record)["seconds"]
+    if target.metric not in ("proportional", "per_choice"):
+        raise ValueError(f"target {target.row!r} has the unknown metric {target.metric!r}")
+    companion = next((run for run in record["runs"].values() if "companion" in run), None)
+    if companion is None:
+        return Verdict(None, None, "the companion did not run")
+    ratio = run["seconds"] / companion["seconds"]
     if target.metric == "proportional":
         slots = [target.case.ranks[slot % len(target.case.ranks)] for slot in range(target.case.adapters)]
         share = _mean(slots) / target.case.r_max
@@ -65,7 +66,5 @@ def evaluate(target: Target, results: Results) -> Verdict:
         return Verdict(
             value <= target.bound, value, f"{value:.2f} ({ratio:.0%} of the time for {share:.0%} of the ranks)"
         )
-    if target.metric == "per_choice":
-        value = ratio / target.case.choices
-        return Verdict(value <= target.bound, value, f"{value:.2f} x")
-    raise ValueError(f"target {target.row!r} has the unknown metric {target.metric!r}")
+    value = ratio / target.case.choices
+    return Verdict(value <= target.bound, value, f"{value:.2f} x")

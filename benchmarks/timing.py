@@ -59,7 +59,8 @@ def in_turns(
     calls, wanted, warm = {}, {}, {}
     for name, function in functions.items():
         taken = timed(function, 1)
-        taken = taken if taken > effort.seconds else timed(function, 1)
+        if taken < SLOW:
+            taken = min(taken, timed(function, 1), timed(function, 1))
         warm[name] = taken < SLOW
         calls[name] = max(1, round(SAMPLE / taken))
         wanted[name] = int(min(effort.most, max(effort.fewest, effort.seconds / (taken * (calls[name] + 1)))))
