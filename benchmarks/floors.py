@@ -12,6 +12,7 @@ from lorakern.backends import cpu as cpu_backend
 from lorakern.errors import LorakernError
 
 MM = (2048, 4096, 4096)  # the product whose FLOP/s count as the peak of torch.mm
+MM_OPERATIONS = 2 * MM[0] * MM[1] * MM[2]
 FMA_ROUNDS = 1 << 20
 
 
@@ -50,6 +51,14 @@ def synchronizer(device: str) -> Callable[[], None] | None:
     return torch.cuda.synchronize if device == "cuda" else None
 
 
+def mm_product(device: str, dtype: str) -> Callable[[], object]:
+    """The product by which the peak of torch.mm is known."""
+    m, k, n = MM
+    a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+    a, b = a.to(getattr(torch, dtype)), b.to(getattr(torch, dtype))
+    return lambda: torch.mm(a, b)
+
+
 def measure(device: str, probe: ReadProbe, effort: Effort) -> dict:
     """Bytes a second of the probe, and FLOP/s by dtype of torch.mm and of a loop of registers alone.
 
@@ -58,11 +67,7 @@ def measure(device: str, probe: ReadProbe, effort: Effort) -> dict:
     """
     dtypes = ["float32", "bfloat16"] + (["float16"] if device == "cuda" else [])
     functions, instructions = {"read": probe}, {}
-    m, k, n = MM
-    for dtype in dtypes:
-        a = torch.randn(m, k, device=device).to(getattr(torch, dtype))
-        b = torch.randn(k, n, device=device).to(a.dtype)
-        functions[f"mm {dtype}"] = lambda a=a, b=b: torch.mm(a, b)
+    functions |= {f"mm {dtype}": mm_product(device, dtype) for dtype in dtypes}
     if device == "cpu":
         loop = cpu_backend._cpu.fma_loop
         for bf16 in (False, True):
@@ -73,7 +78,7 @@ def measure(device: str, probe: ReadProbe, effort: Effort) -> dict:
     return {
         "read_bandwidth": probe.bytes / timed["read"]["seconds"],
         "read": timed["read"],
-        "mm_flops": {dtype: 2 * m * k * n / timed[f"mm {dtype}"]["seconds"] for dtype in dtypes},
+        "mm_flops": {dtype: MM_OPERATIONS / timed[f"mm {dtype}"]["seconds"] for dtype in dtypes},
         "fma_flops": {name: count / timed[f"fma {name}"]["seconds"] for name, count in instructions.items()},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,12 +105,15 @@ def make(case: Case, device: str, cache_bytes: int) -> Inputs:
     row = (case.d_in * len(case.d_outs) + sum(case.d_outs)) * dtype.itemsize
     copies = 4 * cache_bytes // (row * sum(of_slot[:used])) + 2 if case.cold else 1
 
-    def random(*shape):
-        return torch.randn(*shape, generator=generator)
+    def random(*shape, scale=1.0):
+        # A prime number of values, repeated: large weights are quick to make, and no two slots or rows are the same.
+        size = math.prod(shape)
+        values = (torch.randn(min(size, 4194301), generator=generator) * scale).to(dtype)
+        return values.repeat(-(-size // len(values)))[:size].reshape(shape)
 
     def weights(rows, columns, fan_in, rank_dim):
         """Windows of one buffer, a copy each; they overlap only in slots that no token uses."""
-        filled = (random(used, rows, columns) / fan_in**0.5).to(dtype)
+        filled = random(used, rows, columns, scale=fan_in**-0.5)
         for slot in range(used if mixed else 0):
             filled[slot].narrow(rank_dim, of_slot[slot], case.r_max - of_slot[slot]).zero_()
         buffer = torch.zeros(used * copies + case.adapters - used, rows, columns, dtype=dtype, device=device)
@@ -123,46 +127,53 @@ def make(case: Case, device: str, cache_bytes: int) -> Inputs:
     y = torch.zeros(case.tokens, sum(case.d_outs), dtype=dtype, device=device)
     return Inputs(
         case=case,
-        x=random(case.tokens, case.d_in).to(dtype).to(device),
+        x=random(case.tokens, case.d_in).to(device),
         y=y,
         indices=(indices if case.choices > 1 else indices[:, 0].contiguous()).to(device),
         gates=gates,
         ranks=torch.tensor(of_slot, dtype=torch.int32, device=device) if mixed else None,
         A=[list(copy) for copy in zip(*A, strict=True)],
         B=[list(copy) for copy in zip(*B, strict=True)],
-        dy=random(*y.shape).to(dtype).to(device) if case.op == "backward" else None,
+        dy=random(*y.shape).to(device) if case.op == "backward" else None,
     )
 
 
 ROWS_CHECKED = 128
+BYTES_CHECKED = 512 << 20  # of weights in float64; fewer rows are checked where they would need more
+
+
+def _checked_rows(inputs: Inputs) -> torch.Tensor:
+    """All rows, or a sample: the first row of each slot for one half of it, rows spread evenly for the other."""
+    case = inputs.case
+    of_row = 8 * case.choices * case.r_max * (case.d_in * len(case.d_outs) + sum(case.d_outs))
+    most = max(16, min(ROWS_CHECKED, BYTES_CHECKED // of_row))
+    if case.op == "backward" or case.tokens <= most:
+        return torch.arange(case.tokens, device=inputs.x.device)
+    first = [tokens[:1].cpu() for _, _, tokens, _ in inputs.groups[: most // 2]]
+    even = torch.linspace(0, case.tokens - 1, most // 2).long()
+    return torch.cat([*first, even]).unique().to(inputs.x.device)
 
 
 def exact(inputs: Inputs) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The reference's answer in float64: (rows, values).
 
-    Forward: the update of at most ROWS_CHECKED rows, spread evenly, and the first of every slot up to as many. Backward
-    sums over rows, so that all of them count: the gradients of x, A and B, and of gates where there are any.
+    Forward: the update of some rows. Backward, where sums over rows come out, from all of them: the gradients of x, of
+    every A and B, and of gates where there are any.
     """
-    case = inputs.case
-    rows = torch.arange(case.tokens)
-    if case.op != "backward" and case.tokens > ROWS_CHECKED:
-        first = torch.stack([tokens[0].cpu() for _, _, tokens, _ in inputs.groups[: ROWS_CHECKED // 2]])
-        even = torch.linspace(0, case.tokens - 1, ROWS_CHECKED // 2).long()
-        rows = torch.cat([first, even]).unique()
-    rows = rows.to(inputs.x.device)
-    slots = inputs.used if case.op != "backward" else case.adapters
-    leaf = case.op == "backward"
+    rows, backward = _checked_rows(inputs), inputs.case.op == "backward"
+    indices = inputs.indices[rows]
+    slots = torch.arange(inputs.case.adapters, device=rows.device) if backward else indices.unique()
 
     def wide(tensor):
-        return None if tensor is None else tensor.double().requires_grad_(leaf)
+        return tensor.double().requires_grad_(backward)
 
     x = wide(inputs.x[rows])
-    A, B = ([wide(w[:slots]) for w in weights[0]] for weights in (inputs.A, inputs.B))
+    A, B = ([wide(w[slots]) for w in weights[0]] for weights in (inputs.A, inputs.B))
     gates = None if inputs.gates is None else wide(inputs.gates[rows])
-    ranks = None if inputs.ranks is None else inputs.ranks[:slots]
+    ranks = None if inputs.ranks is None else inputs.ranks[slots]
     with lk.use_backend("reference"):
-        delta = lk.lora_delta(x, A, B, inputs.indices[rows], ranks=ranks, gates=gates)
-        if not leaf:
+        delta = lk.lora_delta(x, A, B, torch.searchsorted(slots, indices), ranks=ranks, gates=gates)
+        if not backward:
             return rows, [delta]
         wanted = [x, *A, *B, *([] if gates is None else [gates])]
         return rows, list(torch.autograd.grad(delta, wanted, inputs.dy.double()))

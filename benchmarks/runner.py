@@ -12,13 +12,13 @@ from benchmarks import floors as floor
 from benchmarks import inputs as case_inputs
 from benchmarks.contenders import PARTS, Call, Skipped, ours
 from benchmarks.inputs import Inputs
-from benchmarks.registry import COMPANIONS, Case, suites_of
+from benchmarks.registry import COMPANIONS, TARGETS, Case, suites_of
 from benchmarks.rivals import RIVALS
 from benchmarks.timing import Effort, in_turns
 
 # RMS error over RMS of the exact values. Rivals may round h and y as often as their dtype makes them.
 TOLERANCES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
-READ = "read bandwidth"
+READ, PRODUCT = "read bandwidth", "torch.mm"
 
 Makers = Mapping[str, Callable[[Inputs], Call]]
 
@@ -40,14 +40,15 @@ def rotating(call: Call, copies: int) -> Callable[[], object]:
     return (lambda: call(0)) if copies == 1 else (lambda: call(next(turn) % copies))
 
 
-def floor_of(inputs: Inputs, floors: dict, read_bandwidth: float) -> dict:
+def floor_of(inputs: Inputs, mm_flops: float, read_bandwidth: float) -> dict:
     """The least time that the machine allows: by bytes from memory where the case is cold, and by operations."""
-    by_operations = inputs.operations / floor.mm_flops(floors, inputs.case.dtype)
+    by_operations = inputs.operations / mm_flops
     by_bytes = inputs.bytes / read_bandwidth if inputs.case.cold else 0.0
     return {
         "bytes": inputs.bytes,
         "operations": inputs.operations,
         "read_bandwidth": read_bandwidth,
+        "mm_flops": mm_flops,
         "seconds": max(by_bytes, by_operations),
         "bound": "bytes" if by_bytes > by_operations else "operations",
     }
@@ -79,6 +80,7 @@ def measure(
         case: what to measure.
         floors: what `floors.measure` returned.
         probe: reads the buffer of the bandwidth floor; it takes turns with the contenders of a cold case.
+            So does torch.mm's product where a target is set by it.
         effort: how long to measure.
         rivals, mine: makers of the contenders; lorakern's backends of the probe's device if `mine` is None.
     """
@@ -107,9 +109,14 @@ def measure(
         runs[label] = {"companion": other.name}
     if case.cold:
         functions[READ] = probe
+    if beside_mm := any(target.case == case and target.metric == "mm_flops" for target in TARGETS):
+        functions[PRODUCT] = floor.mm_product(device, case.dtype)
     timed = in_turns(functions, effort, floor.synchronizer(device))
     bandwidth = probe.bytes / timed.pop(READ)["seconds"] if case.cold else floors["read_bandwidth"]
-    least = floor_of(inputs, floors, bandwidth)
+    peak = floor.mm_flops(floors, case.dtype)
+    if beside_mm:
+        peak = floor.MM_OPERATIONS / timed.pop(PRODUCT)["seconds"]
+    least = floor_of(inputs, peak, bandwidth)
     for name, times in timed.items():
         same = "companion" not in runs[name]
         runs[name] |= _rates(times, inputs, least["seconds"]) if same else times

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.floors import mm_flops
 from benchmarks.records import Results, first_run
 from benchmarks.registry import Target
 
@@ -25,7 +24,8 @@ def _mean(numbers: list[int]) -> float:
 def evaluate(target: Target, results: Results) -> Verdict:
     """Compare a target's metric with its bound.
 
-    The metrics: "bandwidth" (bytes a second over the read bandwidth of the same minute), "mm_flops" (over torch.mm's),
+    The metrics: "bandwidth" (bytes a second over the read bandwidth that took turns with the case), "mm_flops"
+    (FLOP/s over torch.mm's, likewise),
     "speedup" (time of `target.against` over ours), all at least the bound; "proportional" (our time over that of the
     padded companion, over the ratio of their ranks), "per_choice" (our time over K times the companion's), "seconds",
     all at most the bound.
@@ -41,7 +41,7 @@ def evaluate(target: Target, results: Results) -> Verdict:
         value = rate / peak
         return Verdict(value >= target.bound, value, f"{value:.1%} ({rate / 1e9:.1f} of {peak / 1e9:.1f} GB/s)")
     if target.metric == "mm_flops":
-        rate, peak = record["floor"]["operations"] / run["seconds"], mm_flops(results.floors, target.case.dtype)
+        rate, peak = record["floor"]["operations"] / run["seconds"], record["floor"]["mm_flops"]
         value = rate / peak
         return Verdict(value >= target.bound, value, f"{value:.1%} ({rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s)")
     if target.metric == "speedup":

@@ -71,7 +71,14 @@ def made_up(seconds=1e-3, rivals=(), case=None, bandwidth=30e9, companion=None):
             "ours": False,
             "ratio": companion / seconds,
         }
-    floor = {"bytes": 24_000_000, "operations": 10**8, "read_bandwidth": bandwidth, "seconds": 8e-4, "bound": "bytes"}
+    floor = {
+        "bytes": 24_000_000,
+        "operations": 10**8,
+        "read_bandwidth": bandwidth,
+        "mm_flops": 2e11,
+        "seconds": 8e-4,
+        "bound": "bytes",
+    }
     record = {"name": case.name, "suites": registry.suites_of(case), "case": vars(case), "rows_checked": case.tokens}
     return record | {"copies": 1, "floor": floor, "runs": runs}
 
