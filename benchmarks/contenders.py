@@ -130,5 +130,23 @@ def native_call(inputs: Inputs) -> Call:
     return lambda copy: function(*arguments)
 
 
+def internal(make: Callable[[Inputs], Call]) -> Callable[[Inputs], Call]:
+    """A maker that is skipped with a note where what it reaches into has changed: it is no public interface."""
+
+    def made(inputs):
+        try:
+            call = make(inputs)
+            call(0)
+        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise Skipped(f"this part of a call is made differently now ({type(error).__name__}: {error})") from None
+        return call
+
+    return made
+
+
 # Where the time of a dispatch case goes, outermost first.
-PARTS = {"registered op": registered_op, "PreparedBgmv": prepared, "C++ call": native_call}
+PARTS = {
+    "registered op": internal(registered_op),
+    "PreparedBgmv": internal(prepared),
+    "C++ call": internal(native_call),
+}
