@@ -152,6 +152,8 @@ py::tuple fma_loop(bool bf16, int64_t rounds, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("max_slices") = kMaxSlices;
+  m.def("read_buffer", &read_buffer);
+  m.def("fma_loop", &fma_loop);
   m.def("plan", &plan);
   m.def("shrink", &shrink);
   m.def("expand", &expand);
@@ -165,6 +167,4 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("current_isa", &cpu::current_isa);
   m.def("force_isa", &cpu::force_isa);
   m.def("has_thread_pool", &has_thread_pool);
-  m.def("read_buffer", &read_buffer);
-  m.def("fma_loop", &fma_loop);
 }
