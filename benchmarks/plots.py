@@ -55,9 +55,9 @@ def _save(figure, path: Path) -> Path:
 
 
 def _sweeps(sweeps: list[Sweep], results: Results):
-    columns = min(2, len(sweeps))
+    columns = 2 if len(sweeps) in (2, 4) else min(3, len(sweeps))
     rows = -(-len(sweeps) // columns)
-    figure = _figure(5.6 * columns, 4.3 * rows + 0.5)
+    figure = _figure(5.2 * columns, 4.2 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     legend = {}
     for axes, sweep in zip(grid, sweeps, strict=False):
@@ -66,13 +66,20 @@ def _sweeps(sweeps: list[Sweep], results: Results):
             legend.setdefault(label, handle)
     for axes in grid[len(sweeps) :]:
         axes.set_visible(False)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower center",
+        ncols=7 if columns > 1 else 3,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
 def _draw(axes, sweep: Sweep, points: list[tuple[object, dict]]) -> None:
     names = list(dict.fromkeys(name for _, record in points for name in record["runs"]))
-    for name in reversed(names):
+    for name in names:
         runs = [(point, record["runs"].get(name, {})) for point, record in points]
         runs = [(point, run) for point, run in runs if "seconds" in run and "companion" not in run]
         if not runs:
@@ -91,11 +98,16 @@ def _draw(axes, sweep: Sweep, points: list[tuple[object, dict]]) -> None:
     ticks = [point for point, _ in points]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} us" if value < 1000 else f"{value / 1000:g} ms")
+    axes.yaxis.set_major_formatter(lambda value, _: _round_duration(value * 1e-6))
     axes.set_xlabel(LABELS[sweep.axis])
     axes.set_title(sweep.title, fontsize=10)
     axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _round_duration(seconds: float) -> str:
+    unit, name = next(pair for pair in ((1, "s"), (1e-3, "ms"), (0, "us")) if seconds >= pair[0] * 0.999)
+    return f"{seconds / (unit or 1e-6):.3g} {name}"
 
 
 def _fractions(results: Results):

@@ -49,7 +49,7 @@ def case_lines(record: dict) -> list[str]:
     ]
     for name, run in record["runs"].items():
         if "seconds" not in run:
-            out.append(f"  {name:18} not run: {run['note']}")
+            out.append(f"  {name:18} no time: {run['note']}")
             continue
         spread = f"[{duration(run['p25'])} .. {duration(run['p75'])}] n={run['samples']}"
         line = f"  {name:18} {duration(run['seconds']):>10} {spread:34}"
