@@ -400,6 +400,13 @@ def test_a_run_from_the_command_line_and_back_from_its_file(tmp_path, capsys, mo
     assert f"`{name}`" in (tmp_path / "page" / "cpu.md").read_text()
 
 
+def test_a_quick_run_on_a_slow_machine_says_what_it_leaves_out(capsys, monkeypatch):
+    monkeypatch.setattr(floors, "measure", lambda *_: FLOORS)
+    monkeypatch.setattr(session, "QUICK_SECONDS", -1)
+    assert command.main(["--suite", "dispatch", "--quick"]) == 0
+    assert "1 of 1 cases are left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "line, says",
     [
