@@ -18,7 +18,7 @@ from benchmarks.timing import QUICK, Effort
 from lorakern.errors import LorakernError
 
 # --quick begins no further case after so many seconds: it ends in under 90 on a busy machine too.
-QUICK_SECONDS = 70
+QUICK_SECONDS = 65
 
 
 @dataclass(frozen=True)
