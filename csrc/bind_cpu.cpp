@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/lora.h"
+#include "cpu/probe.h"
 #include "cpu/threads.h"
 #include "fast_call.h"
 
@@ -110,10 +111,25 @@ void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<Wei
   cpu::backward(g, indices_of(indices), threads);
 }
 
+uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
+  py::gil_scoped_release release;
+  return cpu::read_buffer(pointer<const void>(data), bytes, threads);
+}
+
+py::tuple fma_loop(bool bf16, int64_t rounds, int threads) {
+  const cpu::FmaLoop done = [&] {
+    py::gil_scoped_release release;
+    return cpu::fma_loop(bf16, rounds, threads);
+  }();
+  return py::make_tuple(done.instruction, done.operations, done.checksum);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("max_slices") = kMaxSlices;
+  m.def("read_buffer", &read_buffer);
+  m.def("fma_loop", &fma_loop);
   m.def("plan", &plan);
   m.def("shrink", &shrink);
   m.def("expand", &expand);

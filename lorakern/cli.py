@@ -72,6 +72,31 @@ def demo(
         raise typer.Exit(1)
 
 
+@command
+def bench(
+    suite: Annotated[list[str] | None, typer.Option(help="Only this suite of cases; repeat for several.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only cases whose name contains this.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few cases and repetitions: under 90 seconds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    rivals: Annotated[bool, typer.Option(help="Time the rivals that are installed too.")] = True,
+    json: Annotated[Path | None, typer.Option(help="Write the measurements as JSON lines.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Directory for PNG plots.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Directory for the results page and its plots.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Print ratios to an earlier run's --json.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Measure nothing: show what --json wrote.")] = None,
+    list: Annotated[bool, typer.Option("--list", help="List the cases and measure nothing.")] = False,
+) -> None:
+    """Time the kernels beside their rivals and the machine's limits; the cases are in the source checkout."""
+    root = Path(lorakern.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "session.py").is_file():
+        raise LorakernError("bench: the benchmarks are not installed; run it in a source checkout: pip install -e .")
+    sys.path.insert(0, str(root))
+    from benchmarks.session import Options, run
+
+    files = {"json": json, "plots": plots, "results": results, "compare": compare, "source": source}
+    run(Options(tuple(suite or ()), only, quick, device, rivals, list=list, **files))
+
+
 def _version(show: bool) -> None:
     if show:
         print(lorakern.__version__)

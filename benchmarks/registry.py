@@ -1,0 +1,128 @@
+"""The one registry of cases, the sweeps that plots and tables draw through them, and the targets they must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed")
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to time; equal cases are one case, whatever suites and sweeps name them.
+
+    Attributes:
+        tokens, adapters: rows of x, and slots of the weights.
+        ranks: true ranks, which the slots take in turn; the weights are as wide as the widest.
+        d_in, d_outs: columns of x, and of each slice of y.
+        choices: K, adapters a token mixes by gates.
+        popularity: how tokens pick slots; "distinct" deals them out in turn.
+        runs: tokens of a slot come side by side, as in prefill; else in the order in which they pick.
+        op: "forward", "backward" (from dy to all gradients) or "dispatch" (forward, with what its layers cost).
+        cold: the weights come from memory at every call; else from the caches, as far as they fit.
+    """
+
+    tokens: int
+    adapters: int
+    ranks: tuple[int, ...] = (16,)
+    d_in: int = 4096
+    d_outs: tuple[int, ...] = (4096,)
+    choices: int = 1
+    popularity: str = "distinct"
+    runs: bool = False
+    dtype: str = "bfloat16"
+    op: str = "forward"
+    cold: bool = False
+
+    @property
+    def name(self) -> str:
+        """What identifies the case in files and on the command line: all fields, the usual ones left out."""
+        parts = ["" if self.op == "forward" else self.op, DTYPES[self.dtype], f"{self.tokens}tok", f"{self.adapters}ad"]
+        parts += ["r" + "+".join(map(str, self.ranks)), f"{self.d_in}x" + "+".join(map(str, self.d_outs))]
+        parts += [f"K{self.choices}" if self.choices > 1 else ""]
+        parts += ["" if self.popularity == "distinct" else self.popularity, "runs" if self.runs else ""]
+        parts += ["cold" if self.cold else "warm"]
+        return "-".join(filter(None, parts))
+
+    @property
+    def r_max(self) -> int:
+        return max(self.ranks)
+
+    def but(self, **changes) -> Case:
+        """The same case with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Cases that differ in one thing, `axis`: a line in a plot, a table on the results page."""
+
+    title: str
+    axis: str  # "tokens", "rank", "adapters", or a label for what has no numeric axis
+    points: tuple[tuple[object, Case], ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise: `metric` of the case's measurement compared with `bound`. The metrics are in targets.py.
+
+    Attributes:
+        row: which row of the table it belongs to.
+        text: the promise in words.
+        against: the rival that the metric "speedup" divides by.
+        judged: False for a measurement that is shown beside the promise but does not decide it.
+    """
+
+    row: str
+    text: str
+    case: Case
+    metric: str
+    bound: float
+    against: str | None = None
+    judged: bool = True
+
+
+SUITES: dict[str, list[Case]] = {}
+SWEEPS: list[Sweep] = []
+TARGETS: list[Target] = []
+QUICK: set[Case] = set()
+# A case of our own that is timed in turn with another, so that drift hits both: case -> (label, the other case).
+COMPANIONS: dict[Case, tuple[str, Case]] = {}
+
+
+def add(suite: str, *cases: Case, quick: bool = False) -> None:
+    """Register cases under a suite."""
+    known = SUITES.setdefault(suite, [])
+    known += [case for case in dict.fromkeys(cases) if case not in known]
+    if quick:
+        QUICK.update(cases)
+
+
+def sweep(suite: str, title: str, axis: str, points: dict[object, Case], quick: tuple = ()) -> None:
+    """Register cases and the line through them; `quick` lists the points that --quick measures too."""
+    add(suite, *points.values())
+    QUICK.update(points[point] for point in quick)
+    SWEEPS.append(Sweep(title, axis, tuple(points.items())))
+
+
+def target(suite: str, *targets: Target) -> None:
+    """Register promises and their cases."""
+    for promise in targets:
+        add(suite, promise.case, quick=promise.judged)
+        TARGETS.append(promise)
+
+
+def companion(case: Case, label: str, other: Case) -> None:
+    """Time `other` in turn with `case`."""
+    COMPANIONS[case] = (label, other)
+
+
+def suites_of(case: Case) -> list[str]:
+    return [suite for suite, cases in SUITES.items() if case in cases]
+
+
+def select(suites: list[str] | None = None, only: str | None = None, quick: bool = False) -> list[Case]:
+    """Cases of the suites (all if none is named) whose name contains `only`, each once, in order of registration."""
+    cases = dict.fromkeys(case for suite in suites or SUITES for case in SUITES[suite])
+    return [case for case in cases if (not quick or case in QUICK) and (only is None or only in case.name)]
