@@ -86,14 +86,6 @@ def gradient(inputs: Inputs, forward: Callable) -> Call:
     return run
 
 
-def prepared(inputs: Inputs) -> Call:
-    """What attach() calls at every layer: all but y and x given once."""
-    from lorakern.ops import PreparedBgmv
-
-    run = PreparedBgmv(inputs.A[0], inputs.B[0], inputs.indices)
-    return lambda copy: run(inputs.y, inputs.x)
-
-
 def fast_entry(inputs: Inputs) -> Call:
     """The one C function through which a plain call of lk.bgmv goes."""
     from lorakern.ops._fast import fast
@@ -145,25 +137,5 @@ def native_call(inputs: Inputs) -> Call:
     return lambda copy: function(*arguments)
 
 
-def internal(make: Callable[[Inputs], Call]) -> Callable[[Inputs], Call]:
-    """A maker that is skipped with a note where what it reaches into has changed: it is no public interface."""
-
-    def made(inputs):
-        try:
-            call = make(inputs)
-            call(0)
-        except (ImportError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise Skipped(f"this version has no such part ({type(error).__name__})") from None
-        return call
-
-    return made
-
-
 # Where the time of a dispatch case goes, outermost first.
-_PARTS = {
-    "fast entry": fast_entry,
-    "registered op": registered_op,
-    "PreparedBgmv": prepared,
-    "C++ call": native_call,
-}
-PARTS = {name: internal(make) for name, make in _PARTS.items()}
+PARTS = {"fast entry": fast_entry, "registered op": registered_op, "C++ call": native_call}

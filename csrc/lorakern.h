@@ -57,8 +57,8 @@ struct LoraGradParams {  // gradients of y = delta(x): any output may be null
   int64_t dy_stride;
   float* dh;             // (slices, T * K, r_max): scratch
   void* dx;              // (T, d_in) contiguous
-  void* dA[kMaxSlices];  // (slots, r_max, d_in) contiguous, zeroed by the caller
-  void* dB[kMaxSlices];  // (slots, d_out, r_max) contiguous, zeroed by the caller
+  void* dA[kMaxSlices];  // (slots, r_max, d_in) contiguous
+  void* dB[kMaxSlices];  // (slots, d_out, r_max) contiguous
   float* dscale;         // (slots), zeroed by the caller
   float* dgates;         // (T, K) contiguous, zeroed by the caller
 };

@@ -234,12 +234,6 @@ def test_absent_packages_and_large_temporaries_are_notes(monkeypatch):
     assert "gathers" in measured(TINY)["runs"]["gather + einsum"]["note"]
 
 
-def test_a_part_of_a_call_that_has_changed_is_a_note(monkeypatch):
-    monkeypatch.delattr(sys.modules["lorakern.ops.bgmv"], "_normalised")
-    with pytest.raises(contenders.Skipped, match="no such part"):
-        contenders.PARTS["registered op"](inputs.make(CASES[-1], "cpu", 0))
-
-
 def test_functions_take_turns_and_slow_ones_get_fewer_samples():
     order = []
     timed = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, Effort(1e-9, 3, 5))

@@ -28,7 +28,7 @@ void run_expand(const LoraParams& p, const Variant& variant, int threads) {
   static thread_local std::vector<ExpandUnit> units;
   make_groups(p, kGroupTokens, groups);
   ExpandJob jobs[kMaxSlices];
-  expand_jobs(p, served_tokens(p, 1, groups), jobs);
+  expand_jobs(p, p.num_choices > 1 ? served_tokens(p, groups) : nullptr, jobs);
   units.clear();
   int64_t ends[kMaxSlices];
   threads = threads_for(p, columns_of(p), threads);

@@ -1,4 +1,6 @@
 // The gradients of bgmv: which units of work they consist of, and the arithmetic of scale and gates.
+#include <cstring>
+
 #include "lora.h"
 #include "schedule.h"
 
@@ -38,6 +40,30 @@ void factor_gradients(const LoraGradParams& g, const std::vector<Pairs>& groups,
     }
     if (g.dscale) g.dscale[group.slot] = static_cast<float>(dscale);
   }
+}
+
+// Zeros where no unit of work writes: in the gradients of one slot, of all its ranks if it was not used, ...
+void clear_slot(const LoraGradParams& g, int64_t slot) {
+  const LoraParams& p = g.forward;
+  const size_t bytes = element_size(p.dtype);
+  const bool used = p.plan.starts[slot] < p.plan.starts[slot + 1];
+  const int64_t rank = used ? rank_of(p, slot) : 0, beyond = p.r_max - rank;
+  if (beyond == 0) return;
+  for (int s = 0; s < p.num_slices; ++s) {
+    char *dA = static_cast<char*>(g.dA[s]), *dB = static_cast<char*>(g.dB[s]);
+    if (dA) std::memset(dA + (slot * p.r_max + rank) * p.d_in * bytes, 0, beyond * p.d_in * bytes);
+    if (dB && rank == 0) std::memset(dB + slot * p.B[s].rows * p.r_max * bytes, 0, p.B[s].rows * p.r_max * bytes);
+    for (int64_t o = 0; dB && rank > 0 && o < p.B[s].rows; ++o)
+      std::memset(dB + ((slot * p.B[s].rows + o) * p.r_max + rank) * bytes, 0, beyond * bytes);
+  }
+}
+
+// ... and in dx, of the tokens without an adapter.
+void clear_tokens(const LoraGradParams& g, const uint8_t* served) {
+  const LoraParams& p = g.forward;
+  const size_t row = p.d_in * element_size(p.dtype);
+  for (int64_t t = 0; t < p.num_tokens; ++t)
+    if (!served[t]) std::memset(static_cast<char*>(g.dx) + t * row, 0, row);
 }
 
 struct OuterUnit {
@@ -81,7 +107,10 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
   factor_gradients(g, groups, dots);
 
   std::vector<ExpandUnit> expand_units;
-  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false, served_tokens(p, p.num_slices, groups)};
+  const uint8_t* served = served_tokens(p, groups);
+  if (g.dx) clear_tokens(g, served);
+  const bool sums = p.num_choices * p.num_slices > 1;
+  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false, sums ? served : nullptr};
   for (int s = 0; s < p.num_slices; ++s) dx.left[s] = g.dh + s * pairs * p.r_max;
   if (g.dx) split_expand(dx, p.d_in, variant.panel_columns, threads, groups, expand_units);
   std::vector<OuterUnit> outer_units;
@@ -93,8 +122,9 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
     dy += p.B[s].rows * element_size(p.dtype);
   }
   const int64_t expands = static_cast<int64_t>(expand_units.size()), outers = static_cast<int64_t>(outer_units.size());
-  parallel_for(threads, expands + outers, [&](int64_t i) {
+  parallel_for(threads, expands + outers + p.num_slots, [&](int64_t i) {
     if (i < expands) return run_expand_unit(dx, expand_units[i], variant);
+    if (i >= expands + outers) return clear_slot(g, i - expands - outers);
     const OuterUnit& unit = outer_units[i - expands];
     variant.outer(unit.job, unit.slot, unit.begin, unit.end, unit_scratch(variant.outer_scratch(p)));
   });

@@ -15,46 +15,48 @@ using lorakern::rank_of;
 using lorakern::ShrinkUnit;
 using lorakern::token_of;
 
-// Few tokens: every row of A is read from end to end, once, against all of them. Many: a block of x stays in L1 while a
-// block of A, in L2, passes by. Either way the sum of a block of d_in is made alone and then added to h.
+// Few tokens: A is read once, from end to end, as four stretches of rows side by side, since one stream does not keep
+// enough of memory's lines in flight. Many: a block of x stays in L1 while a block of A, in L2, passes by. Either way
+// the sum of a block of d_in is made alone and then added to h.
 template <typename T>
 void shrink(const LoraParams& p, const ShrinkUnit& u) {
   constexpr int64_t kFewTokens = 12, kRows = 64;
   const Weight& weight = p.A[u.slice];
   const T* rows = static_cast<const T*>(weight.data) + u.pairs.slot * weight.slot_stride;
   float* h = p.h + u.slice * p.num_tokens * p.num_choices * p.r_max;
-  const auto tiles = [&](int64_t i, int64_t row_begin, int64_t row_end, int64_t begin) {
+  // All tokens from `i` on that make a tile, against `count` rows, or kTileRows at `step` from each other.
+  const auto tiles = [&](int64_t row, int64_t count, int64_t step, int64_t begin, int64_t i) {
     const int m = static_cast<int>(std::min<int64_t>(u.pairs.count - i, kTileTokens));
-    const int64_t depth = std::min(p.d_in - begin, kDotBlock);
+    const int64_t depth = std::min(p.d_in - begin, kDotBlock), stride = weight.row_stride;
     const T* x[kTileTokens];
     float* out[kTileTokens];
     for (int j = 0; j < m; ++j) {
       const int64_t pair = u.pairs.ids[i + j];
       x[j] = static_cast<const T*>(p.x) + token_of(p, pair) * p.x_stride;
-      out[j] = h + pair * p.r_max + row_begin;
+      out[j] = h + pair * p.r_max + row;
     }
+    const T* w = rows + row * stride;
     with_constant<kTileTokens>(m, [&](auto M) {
-      int64_t row = row_begin;
-      for (; row + kTileRows <= row_end; row += kTileRows) {
-        dot_tile<T, decltype(M)::value, kTileRows>(x, rows + row * weight.row_stride, weight.row_stride, begin, depth,
-                                                   out);
+      for (; count >= kTileRows; count -= kTileRows, w += kTileRows * stride) {
+        dot_tile<T, decltype(M)::value, kTileRows>(x, w, step * stride, begin, depth, out, step);
         for (int j = 0; j < m; ++j) out[j] += kTileRows;
       }
-      for (; row < row_end; ++row) {
-        dot_tile<T, decltype(M)::value, 1>(x, rows + row * weight.row_stride, weight.row_stride, begin, depth, out);
+      for (; count > 0; --count, w += stride) {
+        dot_tile<T, decltype(M)::value, 1>(x, w, stride, begin, depth, out, 1);
         for (int j = 0; j < m; ++j) ++out[j];
       }
     });
   };
+  const auto all = [&](int64_t row, int64_t count, int64_t step) {
+    for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
+      for (int64_t i = 0; i < u.pairs.count; i += kTileTokens) tiles(row, count, step, begin, i);
+  };
   if (u.pairs.count <= kFewTokens) {
-    for (int64_t row = u.row_begin; row < u.row_end; row += kTileRows)
-      for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
-        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens)
-          tiles(i, row, std::min<int64_t>(row + kTileRows, u.row_end), begin);
+    const int64_t stretch = (u.row_end - u.row_begin) / kTileRows, rest = u.row_begin + stretch * kTileRows;
+    for (int64_t row = u.row_begin; row < u.row_begin + stretch; ++row) all(row, kTileRows, stretch);
+    if (rest < u.row_end) all(rest, u.row_end - rest, 1);
   } else {
-    for (int64_t row = u.row_begin; row < u.row_end; row += kRows)
-      for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
-        for (int64_t i = 0; i < u.pairs.count; i += kTileTokens) tiles(i, row, std::min(row + kRows, u.row_end), begin);
+    for (int64_t row = u.row_begin; row < u.row_end; row += kRows) all(row, std::min(kRows, u.row_end - row), 1);
   }
 }
 
@@ -116,6 +118,19 @@ struct Left {
   float factor[kTileTokens];
 };
 
+// Read a byte of every cache line of kWidth rows, in order of address. A tile takes rows wider than a line in pieces,
+// an order in which the hardware does not see what comes next.
+template <typename T>
+ALWAYS_INLINE void touch_rows(const T* rows, int64_t stride, int64_t rank) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = rank * static_cast<int64_t>(sizeof(T));
+  for (int i = 0; bytes > kLine && i < kWidth; ++i)
+    for (int64_t at = 0; at < bytes; at += kLine) {
+      const char touched = reinterpret_cast<const char*>(rows + i * stride)[at];
+      asm volatile("" ::"r"(touched));
+    }
+}
+
 // Few tokens against all columns of the range, the weight rows read as they lie.
 template <typename T, int M, typename D>
 ALWAYS_INLINE void expand_rows(const Left<T, D>& left, const T* rows, int64_t stride, int64_t rank, int64_t width,
@@ -123,6 +138,7 @@ ALWAYS_INLINE void expand_rows(const Left<T, D>& left, const T* rows, int64_t st
   int64_t c = 0;
   Vec sum[M];
   for (; c + kWidth <= width; c += kWidth, rows += kWidth * stride) {
+    touch_rows(rows, stride, rank);
     direct_tile<T, M, true>(left.cells, rows, stride, rank, kWidth, sum);
     for (int m = 0; m < M; ++m) add_vec(left.out[m] + c, sum[m], left.factor[m], accumulate);
   }

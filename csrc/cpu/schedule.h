@@ -35,10 +35,9 @@ inline void make_groups(const LoraParams& p, int64_t most, std::vector<Pairs>& g
   }
 }
 
-// served[t]: has token t an adapter? Null where that needs no answer, since every token gets one term at most.
-inline const uint8_t* served_tokens(const LoraParams& p, int num_weights, const std::vector<Pairs>& groups) {
+// served[t]: has token t an adapter?
+inline const uint8_t* served_tokens(const LoraParams& p, const std::vector<Pairs>& groups) {
   static thread_local Scratch<uint8_t> scratch;
-  if (p.num_choices * num_weights == 1) return nullptr;
   uint8_t* served = scratch.get(p.num_tokens + 1);
   std::fill(served, served + p.num_tokens, 0);
   for (const Pairs& group : groups)

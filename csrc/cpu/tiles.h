@@ -30,9 +30,10 @@ ALWAYS_INLINE void with_constant(int n, const F& f) {
   }
 }
 
-// out[m][0 .. N) (+)= the products of M rows of x with N rows of w over d <= kDotBlock elements.
+// out[m][n * step] (+)= the products of M rows of x with N rows of w over d <= kDotBlock elements.
 template <typename T, int M, int N>
-void dot_tile(const T* const* x, const T* w, int64_t w_stride, int64_t begin, int64_t d, float* const* out) {
+void dot_tile(const T* const* x, const T* w, int64_t w_stride, int64_t begin, int64_t d, float* const* out,
+              int64_t step) {
   using D = Dot<T>;
   Vec acc[M][kTileRows];
 #pragma GCC unroll 8
@@ -67,7 +68,7 @@ void dot_tile(const T* const* x, const T* w, int64_t w_stride, int64_t begin, in
   for (int m = 0; m < M; ++m) {
     float sums[kTileRows];
     vec_sum4(acc[m], sums);
-    for (int n = 0; n < N; ++n) out[m][n] = begin == 0 ? sums[n] : out[m][n] + sums[n];
+    for (int n = 0; n < N; ++n) out[m][n * step] = begin == 0 ? sums[n] : out[m][n * step] + sums[n];
   }
 }
 

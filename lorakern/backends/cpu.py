@@ -120,9 +120,9 @@ def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     dy, x = _rows(dy), _rows(x)
     _, r_max, d_in = A[0].shape
     routing, _kept = _routing(scale, ranks, gates, order, starts, r_max)
-    dx = torch.zeros(x.shape, dtype=x.dtype)
-    dA = [torch.zeros(a.shape, dtype=a.dtype) for a in A]
-    dB = [torch.zeros(b.shape, dtype=b.dtype) for b in B]
+    dx = torch.empty(x.shape, dtype=x.dtype)
+    dA = [torch.empty(a.shape, dtype=a.dtype) for a in A]
+    dB = [torch.empty(b.shape, dtype=b.dtype) for b in B]
     dscale = None if scale is None else torch.zeros(scale.shape, dtype=torch.float32)
     dgates = None if gates is None else torch.zeros(gates.shape, dtype=torch.float32)
     _call(
