@@ -60,6 +60,14 @@ bool can_fuse(const LoraParams& p, const std::vector<Pairs>& groups, int threads
   return *std::max_element(loads.begin(), loads.end()) * threads <= total + total / 8;
 }
 
+// The beginning of a slot's B, on its way from memory while A is read.
+void prefetch(const LoraParams& p, const Weight& weight, int64_t slot) {
+  constexpr int64_t kBytes = 2048, kLine = 64;
+  const int64_t size = element_size(p.dtype), held = ((weight.rows - 1) * weight.row_stride + p.r_max) * size;
+  const char* begin = static_cast<const char*>(weight.data) + slot * weight.slot_stride * size;
+  for (int64_t at = 0; at < std::min(kBytes, held); at += kLine) __builtin_prefetch(begin + at);
+}
+
 // Group by group from x to y: h does not leave the cache.
 void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Variant& variant, int threads) {
   ExpandJob jobs[kMaxSlices];
@@ -67,6 +75,7 @@ void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Vari
   parallel_for(threads, static_cast<int64_t>(groups.size()), [&](int64_t i) {
     const Pairs& group = groups[i];
     for (int s = 0; s < p.num_slices; ++s) {
+      prefetch(p, p.B[s], group.slot);
       variant.shrink(p, {s, group, 0, rank_of(p, group.slot)});
       if (p.B[s].rows > 0) run_expand_unit(jobs[s], {&group, 1, 0, p.num_tokens, 0, p.B[s].rows}, variant);
     }
