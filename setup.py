@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
@@ -18,6 +18,15 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": [*AVX512, "-mavx512bf16"]}
+# tests/sanitize.py sets LORAKERN_SANITIZE=address,undefined or =thread.
+SANITIZERS = os.environ.get("LORAKERN_SANITIZE")
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"] if SANITIZERS else []
+SANITIZE_COMPILE = [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer", "-include", "tests/native/masked.h"]
+# In the kernels, checks inline or for what AddressSanitizer reports anyway would take four times the time to compile.
+SANITIZE_KERNELS = [
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "-fno-sanitize=null,object-size,pointer-overflow",
+]
 CUDA_TARGETS = [("compute_80", "sm_80"), ("compute_90a", "sm_90a"), ("compute_90", "compute_90")]
 
 
@@ -34,7 +43,7 @@ def cpu_extension() -> Pybind11Extension:
     return Pybind11Extension(
         "lorakern._cpu",
         [str(CSRC / "bind_cpu.cpp"), str(CSRC / "fast_call.cpp"), *map(str, sources)],
-        depends=[*map(str, CSRC.glob("*.h")), *map(str, CSRC.glob("cpu/*.h"))],
+        depends=[*map(str, CSRC.glob("*.h")), *map(str, CSRC.glob("cpu/*.h")), "tests/native/masked.h"],
         cxx_std=17,
         extra_compile_args=[
             "-O3",
@@ -45,7 +54,9 @@ def cpu_extension() -> Pybind11Extension:
             "-Wno-psabi",
             "-Wno-maybe-uninitialized",
             "-Wno-uninitialized",
+            *(SANITIZE_COMPILE if SANITIZE else []),
         ],
+        extra_link_args=SANITIZE,
         libraries=["dl"],
     )
 
@@ -75,7 +86,6 @@ class Build(build_ext):
     """build_ext with flags per file, nvcc for .cu, and objects compiled side by side."""
 
     def build_extensions(self):
-        self.parallel = self.parallel or os.cpu_count()
         self.compiler.src_extensions.append(".cu")
         compile_cpp = self.compiler._compile
 
@@ -86,7 +96,8 @@ class Build(build_ext):
                 flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *targets]
                 subprocess.run([nvcc(), *flags, *include, "-c", src, "-o", obj], check=True)
             else:
-                flags = ISA_FLAGS.get(Path(src).stem, [])
+                stem = Path(src).stem
+                flags = ISA_FLAGS.get(stem, []) + (SANITIZE_KERNELS if SANITIZE and stem.startswith("isa_") else [])
                 compile_cpp(obj, src, ext, cc_args, [*extra_postargs, *flags], pp_opts)
 
         self.compiler._compile = compile_one
@@ -97,6 +108,7 @@ extensions = [cpu_extension()]
 if (compiler := nvcc()) and os.environ.get("LORAKERN_CUDA", "1") != "0":
     extensions.append(cuda_extension(compiler))
 
+ParallelCompile().install()
 setup(
     packages=[
         "lorakern",

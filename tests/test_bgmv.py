@@ -1,7 +1,5 @@
 """bgmv, sgmv, shrink, expand and plan on the CPU backend against the reference: the contract, line by line."""
 
-import threading
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -97,17 +95,6 @@ def test_batch_invariant_and_deterministic(isa, dtype, shape):
     assert torch.equal(whole[::3], torch.cat(alone))
     half = len(p.x) // 2
     assert torch.equal(whole[half:], p.rows(half, len(p.x)).bgmv())
-
-
-def test_result_does_not_depend_on_threads():
-    p = build(torch.bfloat16, SHAPES[4])
-    before = torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(p.bgmv())
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
@@ -257,30 +244,3 @@ def test_concatenated_ranks_are_the_sum_of_choices():
     a, b = torch.cat(list(p.A[0]))[None], torch.cat(list(p.B[0]), dim=1)[None]
     one = lk.bgmv(p.y.clone(), p.x, a, b, torch.zeros(30, dtype=torch.long), y_offset=3)
     assert error_ratio(one, p.exact()) < 1e-6
-
-
-def test_concurrent_callers():
-    """Several Python threads at once, each with its own problem, all results as alone."""
-    problems = [build(torch.bfloat16, SHAPES[i % len(SHAPES)], seed=i) for i in range(8)]
-    expected = [p.bgmv() for p in problems]
-    wrong = []
-
-    def work(i):
-        for _ in range(10):
-            if not torch.equal(problems[i].bgmv(), expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def test_no_second_openmp_runtime():
-    """One OpenMP runtime in the process: the one that torch brought."""
-    with open("/proc/self/maps") as maps:
-        libraries = {line.split()[-1] for line in maps if ".so" in line}
-    runtimes = {name for name in libraries if any(part in name for part in ("libgomp", "libomp", "libiomp"))}
-    assert len(runtimes) == 1 and lk.info()["threads"]["shared_pool"]

@@ -1,5 +1,6 @@
 // The OpenMP runtime that the process already has (torch brings one), found by name: a second one would spin against
-// it.
+// it. GNU OpenMP's threads do not survive a fork: a forked child that asks for more than one thread hangs, in torch's
+// own ops as in ours, unless it calls torch.set_num_threads(1) first, as the workers of a DataLoader do.
 #pragma once
 #include <atomic>
 #include <cstdint>
