@@ -72,46 +72,25 @@ def mm_loop(inputs: Inputs) -> Call:
 
 
 def _mm_loop_gradient(inputs: Inputs) -> Call:
-    """Rows are indexed once for all adapters, and each adapter's weights are leaves of their own, as PEFT has them."""
-    if len(inputs.case.d_outs) > 1 or inputs.copies > 1:
-        raise Skipped("backward is written for one slice and warm weights")
-    order = torch.cat([tokens for _, _, tokens, _ in inputs.groups])
-    sizes = [len(tokens) for _, _, tokens, _ in inputs.groups]
-    leaves = [
-        [
-            w.detach().contiguous().requires_grad_()
-            for w in (inputs.A[0][0][slot, :rank], inputs.B[0][0][slot, :, :rank])
-        ]
-        for slot, rank, _, _ in inputs.groups
-    ]
-    x = inputs.x.detach().requires_grad_()
-    gates = None if inputs.gates is None else inputs.gates.detach().requires_grad_()
-    in_order = inputs.case.runs and inputs.case.choices == 1  # then the rows need no indexing at all
-    rows = x.split(sizes) if in_order else x.index_select(0, order).split(sizes)
-    parts = []
-    for (slot, _, tokens, _), (a, b), part in zip(inputs.groups, leaves, rows, strict=True):
-        h = torch.mm(part, a.T)
-        if gates is not None:
-            choice = (inputs.indices[tokens] == slot).int().argmax(1)
-            h = h * gates[tokens, choice][:, None].to(h.dtype)
-        parts.append(torch.mm(h, b.T))
-    out = torch.cat(parts)
-    out = out if in_order else torch.zeros_like(inputs.y).index_add(0, order, out)
-    wanted = [x, *(a for a, _ in leaves), *(b for _, b in leaves), *([] if gates is None else [gates])]
+    """Autograd through the loop as `mm_loop` writes it, on the weights of all slots as lorakern has them."""
 
-    def run(copy):
-        return torch.autograd.grad(out, wanted, inputs.dy, retain_graph=True)
+    def delta(x, A, B, gates):
+        out = torch.zeros_like(inputs.y)
+        for slot, rank, tokens, _ in inputs.groups:
+            h = torch.mm(x.index_select(0, tokens), A[0][slot, :rank].T)
+            if gates is not None:
+                h = h * _gates_of(inputs, gates, slot, tokens).to(h.dtype)
+            out = out.index_add(0, tokens, torch.mm(h, B[0][slot, :, :rank].T))
+        return out
 
-    def stacked(gradients):
-        """The gradients as lorakern returns them, to check them by."""
-        dx, rest = gradients[0], gradients[1:]
-        dA, dB = torch.zeros_like(inputs.A[0][0]), torch.zeros_like(inputs.B[0][0])
-        for (slot, rank, _, _), da, db in zip(inputs.groups, rest, rest[len(leaves) :], strict=False):
-            dA[slot, :rank], dB[slot, :, :rank] = da, db
-        return [dx, dA, dB, *rest[2 * len(leaves) :]]
+    if len(inputs.case.d_outs) > 1:
+        raise Skipped("backward is written for one slice")
+    return gradient(inputs, delta)
 
-    run.stacked = stacked
-    return run
+
+def _gates_of(inputs: Inputs, gates: torch.Tensor, slot: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The gates of some tokens for one of their slots, as a column."""
+    return gates[tokens, (inputs.indices[tokens] == slot).int().argmax(1)][:, None]
 
 
 def mm_runs(inputs: Inputs) -> Call:
@@ -119,7 +98,7 @@ def mm_runs(inputs: Inputs) -> Call:
     if not inputs.case.runs or inputs.case.choices > 1:
         raise Skipped("tokens do not come in runs")
     if inputs.case.op == "backward":
-        raise Skipped("the mm loop's backward slices runs already")
+        return _mm_runs_gradient(inputs)
     x, y, slices = inputs.x, inputs.y, list(_columns(inputs))
     runs = [(slot, rank, int(tokens[0]), len(tokens)) for slot, rank, tokens, _ in inputs.groups]
 
@@ -131,6 +110,37 @@ def mm_runs(inputs: Inputs) -> Call:
                 h = torch.mm(rows, A[s][slot, :rank].T)
                 y[start : start + length, first : first + columns].addmm_(h, B[s][slot, :, :rank].T)
 
+    return run
+
+
+def _mm_runs_gradient(inputs: Inputs) -> Call:
+    """No indexing at all, and each adapter's weights are leaves of their own: what autograd cannot be given cheaper."""
+    if len(inputs.case.d_outs) > 1 or inputs.copies > 1:
+        raise Skipped("backward on runs is written for one slice and warm weights")
+    leaves = [
+        [
+            w.detach().contiguous().requires_grad_()
+            for w in (inputs.A[0][0][slot, :rank], inputs.B[0][0][slot, :, :rank])
+        ]
+        for slot, rank, _, _ in inputs.groups
+    ]
+    x = inputs.x.detach().requires_grad_()
+    rows = x.split([len(tokens) for _, _, tokens, _ in inputs.groups])
+    out = torch.cat([torch.mm(torch.mm(part, a.T), b.T) for (a, b), part in zip(leaves, rows, strict=True)])
+    wanted = [x, *(a for a, _ in leaves), *(b for _, b in leaves)]
+
+    def run(copy):
+        return torch.autograd.grad(out, wanted, inputs.dy, retain_graph=True)
+
+    def stacked(gradients):
+        """The gradients as lorakern returns them, to check them by."""
+        dx, rest = gradients[0], gradients[1:]
+        dA, dB = torch.zeros_like(inputs.A[0][0]), torch.zeros_like(inputs.B[0][0])
+        for (slot, rank, _, _), da, db in zip(inputs.groups, rest, rest[len(leaves) :], strict=False):
+            dA[slot, :rank], dB[slot, :, :rank] = da, db
+        return [dx, dA, dB]
+
+    run.stacked = stacked
     return run
 
 

@@ -44,18 +44,28 @@ void run_expand(const LoraParams& p, const Variant& variant, int threads) {
   });
 }
 
+// How long a group takes from x to y, in multiply-adds of a token and a weight.
+int64_t cost_of(const LoraParams& p, const Pairs& group) {
+  constexpr int64_t kWeights = 8;  // reading weights from memory takes as long as the sums of this many tokens
+  constexpr int64_t kToken = 8;    // reading x and y, as long as the sums of this many ranks
+  return (rank_of(p, group.slot) + kToken) * (group.count + kWeights);
+}
+
 // Can every group be computed from x to y on its own, and would the threads, each taking the next group when it is done
-// with one, finish at about the same time?
-bool can_fuse(const LoraParams& p, const std::vector<Pairs>& groups, int threads) {
-  constexpr int64_t kWeightsCost = 8;  // reading weights from memory takes as long as this many tokens' sums
+// with one, finish at about the same time? Puts the long ones first.
+bool can_fuse(const LoraParams& p, std::vector<Pairs>& groups, int threads) {
   if (p.num_choices > 1) return false;
+  if (threads == 1) return true;
+  std::sort(groups.begin(), groups.end(), [&](const Pairs& left, const Pairs& right) {
+    const int64_t l = cost_of(p, left), r = cost_of(p, right);
+    return l != r ? l > r : left.ids < right.ids;
+  });
   static thread_local std::vector<int64_t> loads;
   loads.assign(threads, 0);
   int64_t total = 0;
   for (const Pairs& group : groups) {
-    const int64_t cost = rank_of(p, group.slot) * (group.count + kWeightsCost);
-    *std::min_element(loads.begin(), loads.end()) += cost;
-    total += cost;
+    *std::min_element(loads.begin(), loads.end()) += cost_of(p, group);
+    total += cost_of(p, group);
   }
   return *std::max_element(loads.begin(), loads.end()) * threads <= total + total / 8;
 }

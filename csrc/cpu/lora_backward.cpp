@@ -126,7 +126,8 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
     if (i < expands) return run_expand_unit(dx, expand_units[i], variant);
     if (i >= expands + outers) return clear_slot(g, i - expands - outers);
     const OuterUnit& unit = outer_units[i - expands];
-    variant.outer(unit.job, unit.slot, unit.begin, unit.end, unit_scratch(variant.outer_scratch(p)));
+    variant.outer(unit.job, unit.slot, unit.begin, unit.end,
+                  unit_scratch(variant.outer_scratch(p, unit.end - unit.begin)));
   });
 }
 

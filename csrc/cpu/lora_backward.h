@@ -70,65 +70,69 @@ void back(const LoraGradParams& g, const BackUnit& u, float* scratch) {
   }
 }
 
-template <typename T>
-int64_t outer_scratch(const LoraParams& p) {
-  const int64_t ranks = (p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns;
-  return cells_of<T>(kDepth) * (kPanelColumns + ranks) + kPanelColumns * ranks;
+inline int64_t panels_of(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
+
+// Panels side by side, each of the vectors that its columns need, at the distance of full ones.
+template <typename T, typename Row>
+void pack_panels(const Row& row, int64_t depth, int64_t columns, typename Outer<T>::Cell* out) {
+  for (int64_t c = 0; c < columns; c += kPanelColumns, out += cells_of<T>(depth) * kPanelColumns)
+    pack_rows<T>([&](int64_t k) { return row(k) + c; }, depth, std::min<int64_t>(columns - c, kPanelColumns),
+                 vecs_of(columns - c), out);
 }
 
-// Gradient rows (rank, column), or transposed (column, rank): the left side's ranks and the right side's columns are
-// packed alike, token by token, and either may be the panel.
+template <typename T>
+int64_t outer_scratch(const LoraParams& p, int64_t columns) {
+  const int64_t most = std::min(p.num_tokens * p.num_choices, kDepth);
+  const int64_t sides = (panels_of(columns) + panels_of(p.r_max)) * kPanelColumns;
+  return cells_of<T>(most) * sides + panels_of(p.r_max) * kPanelColumns * panels_of(columns) * kPanelColumns;
+}
+
+// Gradient rows (rank, column), or transposed (column, rank): both sides are packed alike, token by token, and either
+// may be the panel. Sums are in float32 until all tokens of the slot are through.
 template <typename T>
 void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float* scratch) {
   using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const int64_t rank = rank_of(p, slot), first = p.plan.starts[slot], last = p.plan.starts[slot + 1];
-  const int64_t sum_stride =
-      job.transposed ? (rank + kPanelColumns - 1) / kPanelColumns * kPanelColumns : kPanelColumns;
-  Cell *columns = reinterpret_cast<Cell*>(scratch), *ranks = columns + cells_of<T>(kDepth) * kPanelColumns;
-  float* sums =
-      scratch + outer_scratch<T>(p) - kPanelColumns * ((p.r_max + kPanelColumns - 1) / kPanelColumns * kPanelColumns);
-  T* grad = static_cast<T*>(job.grad) + slot * p.r_max * job.columns;
-  for (int64_t column = begin; column < end; column += kPanelColumns) {
-    const int64_t live = std::min<int64_t>(end - column, kPanelColumns);
-    for (int64_t i = first; i < last; i += kDepth) {
-      const int64_t depth = std::min(last - i, kDepth), count = cells_of<T>(depth);
-      const int32_t* pairs = p.plan.order + i;
-      const T* right = static_cast<const T*>(job.right) + column;
-      pack_rows<T>([&](int64_t k) { return right + token_of(p, pairs[k]) * job.right_stride; }, depth, live, kTileVecs,
-                   columns);
-      for (int64_t r = 0; r < rank; r += kPanelColumns) {
-        const int64_t some = std::min<int64_t>(rank - r, kPanelColumns);
-        const int vecs = vecs_of(some);
-        pack_rows<T>([&](int64_t k) { return job.left + pairs[k] * p.r_max + r; }, depth, some, vecs, ranks);
-        const int64_t rows = job.transposed ? live : some;
-        for (int64_t row = 0; row < rows; row += kTileTokens) {
-          const int m = static_cast<int>(std::min<int64_t>(rows - row, kTileTokens));
-          const Cell* left[kTileTokens];
+  const int64_t most = cells_of<T>(std::min(last - first, kDepth)), width = end - begin;
+  const int64_t rows = job.transposed ? width : rank, sum_width = job.transposed ? rank : width;
+  const int64_t sum_stride = panels_of(sum_width) * kPanelColumns;
+  Cell* columns = reinterpret_cast<Cell*>(scratch);
+  Cell* ranks = columns + panels_of(width) * most * kPanelColumns;
+  float* sums = reinterpret_cast<float*>(ranks + panels_of(rank) * most * kPanelColumns);
+  for (int64_t i = first; i < last; i += kDepth) {
+    const int64_t depth = std::min(last - i, kDepth), count = cells_of<T>(depth), panel = count * kPanelColumns;
+    const int32_t* pairs = p.plan.order + i;
+    const T* right = static_cast<const T*>(job.right) + begin;
+    pack_panels<T>([&](int64_t k) { return right + token_of(p, pairs[k]) * job.right_stride; }, depth, width, columns);
+    pack_panels<T>([&](int64_t k) { return job.left + pairs[k] * p.r_max; }, depth, rank, ranks);
+    const Cell *left = job.transposed ? columns : ranks, *over = job.transposed ? ranks : columns;
+    for (int64_t c = 0; c < sum_width; c += kPanelColumns)
+      for (int64_t top = 0; top < rows; top += kPanelColumns) {
+        const int vecs = vecs_of(sum_width - c), step = vecs_of(rows - top) * kWidth;
+        const int64_t bottom = std::min(top + kPanelColumns, rows);
+        for (int64_t row = top; row < bottom; row += kTileTokens) {
+          const int m = static_cast<int>(std::min<int64_t>(bottom - row, kTileTokens));
+          const Cell* from[kTileTokens];
           float* out[kTileTokens];
           for (int j = 0; j < m; ++j) {
-            left[j] = (job.transposed ? columns : ranks) + row + j;
-            out[j] = job.transposed ? sums + (row + j) * sum_stride + r : sums + (r + row + j) * sum_stride;
+            from[j] = left + top / kPanelColumns * panel + row - top + j;
+            out[j] = sums + (row + j) * sum_stride + c;
           }
-          if (job.transposed)
-            add_panels<T>(m, vecs, left, kPanelColumns, ranks, count, out, vecs * kWidth, i > first);
-          else
-            add_panels<T>(m, kTileVecs, left, vecs * kWidth, columns, count, out, kPanelColumns, i > first);
+          add_panels<T>(m, vecs, from, step, over + c / kPanelColumns * panel, count, out, vecs * kWidth, i > first);
         }
       }
-    }
-    const int64_t rows = job.transposed ? live : rank, width = job.transposed ? rank : live;
-    T* out = job.transposed ? grad + column * p.r_max : grad + column;
-    const int64_t stride = job.transposed ? p.r_max : job.columns;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t c = 0; c < width; c += kWidth) {
-        const Vec value = vec_load(sums + row * sum_stride + c);
-        if (width - c >= kWidth)
-          vec_store(out + row * stride + c, value);
-        else
-          vec_store_n(out + row * stride + c, value, static_cast<int>(width - c));
-      }
   }
+  T* grad = static_cast<T*>(job.grad) + slot * p.r_max * job.columns + begin * (job.transposed ? p.r_max : 1);
+  const int64_t stride = job.transposed ? p.r_max : job.columns;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t c = 0; c < sum_width; c += kWidth) {
+      const Vec value = vec_load(sums + row * sum_stride + c);
+      if (sum_width - c >= kWidth)
+        vec_store(grad + row * stride + c, value);
+      else
+        vec_store_n(grad + row * stride + c, value, static_cast<int>(sum_width - c));
+    }
 }
 
 template <typename T>

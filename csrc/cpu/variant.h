@@ -64,7 +64,7 @@ struct Variant {
   void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
   int64_t (*back_scratch)(const LoraParams&);
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
-  int64_t (*outer_scratch)(const LoraParams&);
+  int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
 };
 
