@@ -48,8 +48,8 @@ void shrink(const LoraParams& p, const ShrinkUnit& u) {
     });
   };
   const auto all = [&](int64_t row, int64_t count, int64_t step) {
-    for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock)
-      for (int64_t i = 0; i < u.pairs.count; i += kTileTokens) tiles(row, count, step, begin, i);
+    for (int64_t i = 0; i < u.pairs.count; i += kTileTokens)
+      for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock) tiles(row, count, step, begin, i);
   };
   if (u.pairs.count <= kFewTokens) {
     const int64_t stretch = (u.row_end - u.row_begin) / kTileRows, rest = u.row_begin + stretch * kTileRows;
