@@ -28,7 +28,8 @@ from benchmarks import (
 from benchmarks.registry import Case, Target
 from benchmarks.timing import Effort, in_turns, summary
 
-ALL = list(dict.fromkeys(case for suite in registry.SUITES.values() for case in suite))
+ALL = registry.select()
+ON_A_GPU = registry.select(device="cuda")
 TINY = Case(6, 3, ranks=(2, 4), d_in=24, d_outs=(16,), dtype="float32")
 ONCE = Effort(0.0, 3, 3)
 FLOORS = {
@@ -41,7 +42,7 @@ FLOORS = {
 class Probe:
     """Stands in for the read of a large buffer."""
 
-    device, bytes = "cpu", 1 << 20
+    device, kind, bytes = "cpu", "read", 1 << 20
 
     def __call__(self):
         pass
@@ -99,7 +100,8 @@ def made_up_run(*made):
 
 
 def test_names_are_unique_and_tell_every_field():
-    assert len({case.name for case in ALL}) == len(ALL)
+    everything = {*ALL, *ON_A_GPU}
+    assert len({case.name for case in everything}) == len(everything)
     changes = {
         "tokens": 9,
         "adapters": 9,
@@ -134,8 +136,8 @@ def test_the_registry_covers_every_axis():
 
 
 def test_quick_measures_every_judged_target():
-    quick = registry.select(quick=True)
-    assert {target.case for target in registry.TARGETS if target.judged} <= set(quick) < set(ALL)
+    judged = {target.case for target in registry.TARGETS if target.judged and target.device == "cpu"}
+    assert judged <= set(registry.select(quick=True)) < set(ALL)
 
 
 @pytest.mark.parametrize("popularity", registry.POPULARITIES)
@@ -216,7 +218,7 @@ def test_no_speed_is_reported_for_a_wrong_result(broken):
 
 def test_a_companion_is_timed_beside_its_case(monkeypatch):
     case = TINY.but(tokens=7)
-    monkeypatch.setitem(registry.COMPANIONS, case, ("padded", case.but(ranks=(4,))))
+    monkeypatch.setitem(registry.COMPANIONS, case, ("padded", case.but(ranks=(4,)), None))
     run = measured(case, rivals={})["runs"]["padded"]
     assert run["companion"] == case.but(ranks=(4,)).name and run["seconds"] > 0 and not run["ours"]
 
