@@ -89,7 +89,10 @@ def _sglang():
     def as_it_is(*_):
         return lambda kernel: kernel
 
+    off = SimpleNamespace(get=lambda: False)  # every switch of its environment, as by default
+    switches = SimpleNamespace(SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=off, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=off)
     stand_ins = {
+        "sglang.srt.environ": {"envs": switches},
         "sglang.srt.utils": {"cached_triton_kernel": as_it_is, "get_device_name": torch.cuda.get_device_name},
         "sglang.srt.lora.utils": {"LoRABatchInfo": object},
     }

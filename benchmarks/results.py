@@ -143,7 +143,8 @@ def _sweep(sweep: Sweep, results: Results) -> list[str]:
 
 def _others(results: Results) -> list[str]:
     """Cases that no sweep shows, and those that have no time."""
-    shown = {case.name for sweep in registry.SWEEPS for _, case in sweep.points}
+    sweeps = [sweep for sweep in registry.SWEEPS if sweep.device == results.machine["device"]]
+    shown = {case.name for sweep in sweeps for _, case in sweep.points}
     shown |= {case.name for case in registry.SUITES["dispatch"]}
     left = [record for name, record in results.records.items() if name not in shown]
     timed = [record for record in left if "seconds" in first_run(record)[1]]

@@ -368,7 +368,7 @@ def full_run(request):
 
 def test_the_page_shows_every_target_sweep_and_case(full_run, tmp_path):
     device = full_run.machine["device"]
-    name, before, cases = ("cpu", "", ALL) if device == "cpu" else ("gpu-h200", "gpu-h200-", ON_A_GPU)
+    name, before, all_cases = ("cpu", "", ALL) if device == "cpu" else ("gpu-h200", "gpu-h200-", ON_A_GPU)
     (tmp_path / f"{name}_notes.md").write_text("## What bounds what falls short\n\nThe memory.\n")
     page = results.write(tmp_path, full_run).read_text()
     for target in registry.TARGETS:
@@ -377,7 +377,7 @@ def test_the_page_shows_every_target_sweep_and_case(full_run, tmp_path):
     sweeps = [sweep for sweep in registry.SWEEPS if sweep.device == device]
     assert all((f"### {sweep.title}\n" in page) == (sweep in sweeps) for sweep in registry.SWEEPS)
     shown = {case.name for sweep in sweeps for _, case in sweep.points}
-    assert all(case.name in page for case in cases if case.name not in shown)
+    assert all(case.name in page for case in all_cases if case.name not in shown)
     if device == "cuda":
         assert "# lorakern on NVIDIA H200" in page and "| copy bandwidth | 4000.0 GB/s | 4000.0 GB/s |" in page
         assert "- `another case`: OutOfMemoryError" in page and "- vllm triton, 1 cases: timed as Python" in page

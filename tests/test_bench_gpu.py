@@ -12,6 +12,7 @@ from test_bench import FLOORS, ONCE, TINY, Probe, made_up, made_up_run
 from benchmarks import alone, floors, gpu_rivals, graphs, inputs, machine, registry, report, runner, session
 from benchmarks.contenders import Skipped
 from benchmarks.registry import Case
+from lorakern.errors import LorakernError
 
 
 def test_a_suite_its_sweeps_and_its_targets_are_for_one_device():
@@ -21,7 +22,6 @@ def test_a_suite_its_sweeps_and_its_targets_are_for_one_device():
     assert bounds == {"seconds": 7e-6, "bandwidth": 0.85, "companion": 1.15, "proportional": 1.25, "speedup": 1.5}
     assert [t.bound for t in on_a_gpu if t.metric == "seconds"] == pytest.approx([3e-6, 4e-6, 7e-6])
     assert {registry.COMPANIONS[t.case][2] for t in on_a_gpu if t.metric == "companion"} == {"mm loop on runs"}
-    assert not set(registry.SUITES["gpu"]) & set(registry.COMPANIONS) - {t.case for t in on_a_gpu}
 
 
 def test_a_target_of_another_device_is_not_shown():
@@ -79,15 +79,9 @@ def test_a_case_that_fails_ends_neither_the_run_nor_its_files(tmp_path, capsys, 
 
     monkeypatch.setattr(floors, "measure", lambda *_: FLOORS)
     monkeypatch.setattr(runner, "measure", fails)
-    with pytest.raises(lk_error(), match="2 cases failed"):
+    with pytest.raises(LorakernError, match="cases failed, among them dispatch-"):
         session.run(session.Options(suites=("dispatch",), json=tmp_path / "a.jsonl"))
     assert "OutOfMemoryError: too large" in (tmp_path / "a.jsonl").read_text()
-
-
-def lk_error():
-    from lorakern.errors import LorakernError
-
-    return LorakernError
 
 
 def test_chunks_cover_all_rows_of_each_adapter():
@@ -112,7 +106,7 @@ def test_files_of_a_package_are_imported_without_the_package(tmp_path, monkeypat
     stand_ins = {"anengine.flags": {"FLAG": 3}, "anengine.deep.logger": {"log": print}}
     (kernel,) = alone.load("anengine", ["anengine.ops.kernel"], stand_ins)
     assert kernel.X == 3 and not [name for name in sys.modules if name.startswith("anengine")]
-    with pytest.raises(Skipped, match="cannot be imported: No module named 'anengine.flags'"):
+    with pytest.raises(Skipped, match="cannot be imported: cannot import name 'flags'"):
         alone.load("anengine", ["anengine.ops.kernel"], {})
     with pytest.raises(Skipped, match="is not installed"):
         alone.load("no_such_engine", ["no_such_engine.ops"], {})
