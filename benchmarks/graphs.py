@@ -15,7 +15,7 @@ import torch
 from benchmarks.timing import Effort, summary
 
 CALLS = 100  # calls in a graph, so that what a replay costs by itself does not count
-REPLAY = 5e-3  # seconds; slower calls are fewer in a graph, but go through all copies
+REPLAY = 1e-2  # seconds; slower calls are fewer in a graph, but go through all copies
 GPU_EFFORT = Effort(0.1, 5, 25)
 
 
@@ -23,7 +23,7 @@ def calls_in_a_graph(seconds: float, copies: int) -> int:
     """How many calls to capture: whole rounds through the copies.
 
     >>> calls_in_a_graph(3e-6, 1), calls_in_a_graph(3e-6, 900), calls_in_a_graph(2e-3, 1), calls_in_a_graph(1e-4, 4)
-    (100, 900, 3, 52)
+    (100, 900, 5, 100)
     """
     rounds = min(math.ceil(CALLS / copies), math.ceil(REPLAY / (seconds * copies)))
     return copies * max(1, rounds)

@@ -36,7 +36,7 @@ class Step:
 
 def steps(python: str = sys.executable) -> list[Step]:
     """The steps, in order. Their limits and graces add up to less than nine minutes."""
-    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     absent = None if Path(sanitizer).is_file() else "compute-sanitizer is not installed"
     # Each tensor in memory of its own: a read beyond it is then beyond what the tool knows.
@@ -49,7 +49,7 @@ def steps(python: str = sys.executable) -> list[Step]:
         Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 120),
         Step("tests", [python, "-m", "pytest", "tests", "-q", "-m", "gpu", *options], 120),
         Step("memcheck", [*checked, "--tool", "memcheck", *small], 40, own_memory, absent),
-        Step("racecheck", [*checked, "--tool", "racecheck", *small], 30, {}, absent),
+        Step("racecheck", [*checked, "--tool", "racecheck", *small], 40, {}, absent),
         Step("bench", [python, "-m", "benchmarks", "--device", "cuda", "--seconds", "150", *results], 185),
     ]
 

@@ -65,6 +65,41 @@ def test_a_graph_goes_through_all_copies(seconds, copies):
     assert calls * seconds <= graphs.REPLAY + copies * seconds
 
 
+def test_graphs_take_turns_and_what_waits_is_launched_by_python(monkeypatch):
+    """With stand-ins for the device: a graph calls what it captured, and an event pair is one unit of time a launch."""
+    order, captured = [], []
+
+    class Graph:
+        def __init__(self, function):
+            self.function = function
+            captured.append(self)
+
+        def replay(self):
+            self.function()
+
+    def timed(launch):
+        launch()
+        return 1e-3
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graphs, "_timed", timed)
+    monkeypatch.setattr(graphs, "_capture", Graph)
+    monkeypatch.setattr(graphs, "_waits", lambda function: "it waits" if function is waits else None)
+
+    def waits():
+        order.append("waits")
+
+    cold = runner.Rotating(order.append, 4)
+    times = graphs.in_turns({"cold": cold, "waits": waits}, graphs.Effort(1e-9, 3, 5))
+    assert len(captured) == 1 and times["cold"]["calls"] % 4 == 0 and "note" not in times["cold"]
+    assert times["waits"]["note"] == "timed as Python launches it: it waits"
+    assert times["cold"]["samples"] == times["waits"]["samples"] == 3
+    assert times["cold"]["seconds"] == pytest.approx(1e-3 / times["cold"]["calls"])
+    order.clear()
+    captured[0].replay()
+    assert sorted(set(order)) == [0, 1, 2, 3] and len(order) == times["cold"]["calls"]
+
+
 def test_a_rival_that_breaks_is_a_note(monkeypatch):
     def broken(made):
         raise RuntimeError("no kernel\nimage")
