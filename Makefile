@@ -60,4 +60,3 @@ gpu:
 
 clean:
 	rm -rf .venv build lorakern/*.so *.egg-info
-	if [ -L lorakern/triton_kernels ]; then rm lorakern/triton_kernels; fi

@@ -86,13 +86,6 @@ def run(step: Step, logs: Path = LOGS) -> str:
     return f"failed (over {step.limit} s)" if late else "passed" if status == 0 else f"failed (exit status {status})"
 
 
-def link_triton_kernels() -> None:
-    """Let `lorakern.triton_kernels` be found where lorakern is not installed: setup.py maps the folder to that name."""
-    link = ROOT / "lorakern" / "triton_kernels"
-    if not link.exists() and importlib.util.find_spec("lorakern.triton_kernels") is None:
-        link.symlink_to(Path("..") / "triton_kernels", target_is_directory=True)
-
-
 def main(chosen: list[Step] | None = None, logs: Path = LOGS) -> int:
     """Run the steps, print the end of each one's output and, last, a table; 1 if any failed."""
     verdicts = []
@@ -112,6 +105,4 @@ def main(chosen: list[Step] | None = None, logs: Path = LOGS) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    link_triton_kernels()
     sys.exit(main())
