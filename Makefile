@@ -54,10 +54,9 @@ aot: .venv/built
 	if command -v nvcc > /dev/null; then sh csrc/cuda/compile.sh; else echo "no nvcc: CUDA kernels not compiled"; fi
 
 # With the Python that has torch for CUDA, triton, pybind11 and pytest; no network, no virtual environment.
+# Builds in place, runs the gpu tests, compute-sanitizer and the GPU benchmark; a step that fails does not stop the rest.
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -q -m gpu -p no:cacheprovider
-	$(PYTHON) -m benchmarks --device cuda --suite decode
+	$(PYTHON) tests/gpu.py
 
 clean:
 	rm -rf .venv build lorakern/*.so *.egg-info

@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--suite", dest="suites", action="append", default=[], metavar="NAME", help="only this suite")
     made.add_argument("--only", metavar="TEXT", help="only cases whose name contains this")
     made.add_argument("--quick", action="store_true", help="few cases and repetitions: under 90 seconds")
-    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the suite gpu")
     made.add_argument("--no-rivals", dest="rivals", action="store_false", help="lorakern alone")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON lines")
     made.add_argument("--plots", type=Path, metavar="DIR", help="write PNG plots")
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="measure nothing: show what --json wrote"
     )
+    made.add_argument("--seconds", type=float, metavar="N", help="begin no further case after N seconds")
     made.add_argument("--list", action="store_true", help="list the cases and measure nothing")
     return made
 

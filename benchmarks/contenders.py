@@ -24,7 +24,7 @@ class Skipped(Exception):
 
 
 def ours(device: str) -> dict[str, Callable[[Inputs], Call]]:
-    """Name to maker for every backend of lorakern that runs bgmv on this device, the default one first."""
+    """Name to maker of lorakern as it chooses by itself and, on a GPU, of each of its backends there."""
     if device == "cpu":
         return {"lorakern": lorakern_call}
     known = lk.info()["backends"]
@@ -46,7 +46,7 @@ def ours(device: str) -> dict[str, Callable[[Inputs], Call]]:
     if not usable:
         reasons = "; ".join(f"{name}: {known[name]}" for name in ("cuda", "triton"))
         raise LorakernError(f"bench: --device cuda needs the backend cuda or triton, and both are missing ({reasons})")
-    return {f"lorakern {name}": on(name) for name in usable}
+    return {"lorakern": lorakern_call} | {f"lorakern {name}": on(name) for name in usable}
 
 
 def lorakern_call(inputs: Inputs) -> Call:

@@ -116,6 +116,7 @@ def make(case: Case, device: str, cache_bytes: int) -> Inputs:
         filled = random(used, rows, columns, scale=fan_in**-0.5)
         for slot in range(used if mixed else 0):
             filled[slot].narrow(rank_dim, of_slot[slot], case.r_max - of_slot[slot]).zero_()
+        filled = filled.to(device)
         buffer = torch.zeros(used * copies + case.adapters - used, rows, columns, dtype=dtype, device=device)
         for copy in range(copies):
             buffer[copy * used : (copy + 1) * used].copy_(filled)

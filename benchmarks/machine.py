@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata
 from pathlib import Path
+
+import torch
 
 import lorakern as lk
 from benchmarks.floors import cache_bytes
@@ -39,8 +42,24 @@ def describe(device: str) -> dict:
         "cache_bytes": cache_bytes(),
         "system": platform.platform(),
         "device": device,
-        "versions": known["versions"] | {"vllm": vllm},
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_model(),
+        "device_cache_bytes": cache_bytes(device),
+        "versions": known["versions"] | {"vllm": vllm, "cuda": torch.version.cuda},
     }
+
+
+def file_name(machine: dict) -> str:
+    """What the files of a run on this device are called.
+
+    >>> file_name({"device": "cpu"})
+    'cpu'
+    >>> file_name({"device": "cuda", "device_name": "NVIDIA H100 80GB HBM3"})
+    'gpu-h100-80gb-hbm3'
+    """
+    if machine["device"] == "cpu":
+        return "cpu"
+    name = machine["device_name"].lower().removeprefix("nvidia")
+    return "-".join(["gpu", *re.findall(r"[a-z0-9]+", name)])
 
 
 def lines(machine: dict) -> list[str]:
@@ -51,5 +70,6 @@ def lines(machine: dict) -> list[str]:
         f"{machine['cpu']}, {machine['cores']} cores, {threads} threads, "
         f"last-level cache {machine['cache_bytes'] >> 20} MiB, kernels {isa['current'] if isa else 'not built'}",
         *(device for device in machine["devices"] if device.startswith("cuda")),
+        *([f"L2 cache {machine['device_cache_bytes'] >> 20} MiB"] if machine["device"] == "cuda" else []),
         f"{machine['system']}; {versions}",
     ]

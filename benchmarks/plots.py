@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from benchmarks import registry
+from benchmarks import machine, registry
 from benchmarks.records import Results, first_run, write_beside
 from benchmarks.registry import Sweep
 
@@ -15,8 +15,12 @@ COLORS = {
     "gather + einsum": "#8f6bb3",
     "peft mixed batch": "#d05f6f",
     "vllm cpu": "#5b9a68",
+    "vllm triton": "#5b9a68",
+    "sglang chunked": "#3d8b8b",
+    "punica bgmv": "#a0522d",
 }
 OURS = "#2f6db5"
+BACKENDS = {"lorakern cuda": "#7fb2e5", "lorakern triton": "#12355b"}
 # File name to the axis of the sweeps that it shows.
 LINES = {"time_batch.png": "tokens", "time_rank.png": "rank", "time_adapters.png": "adapters"}
 LABELS = {"tokens": "tokens in the batch", "rank": "rank", "adapters": "distinct adapters in the batch"}
@@ -25,18 +29,21 @@ LABELS = {"tokens": "tokens in the batch", "rank": "rank", "adapters": "distinct
 def write(folder: Path, results: Results) -> list[Path]:
     """Write the plots that the measured cases allow into `folder`, and return their paths."""
     folder.mkdir(exist_ok=True)
-    written = []
+    written, device = [], results.machine["device"]
+    before = "" if device == "cpu" else f"{machine.file_name(results.machine)}-"
     for name, axis in LINES.items():
         sweeps = [s for s in registry.SWEEPS if s.axis == axis and len(measured(s, results)) > 1]
         if sweeps:
-            written.append(_save(_sweeps(sweeps, results), folder / name))
+            written.append(_save(_sweeps(sweeps, results), folder / f"{before}{name}"))
     if any("seconds" in first_run(record)[1] for record in results.records.values()):
-        written.append(_save(_fractions(results), folder / "floors.png"))
+        written.append(_save(_fractions(results), folder / f"{before}floors.png"))
     return written
 
 
 def measured(sweep: Sweep, results: Results) -> list[tuple[object, dict]]:
-    """(point, record) of the points of a sweep that were measured."""
+    """(point, record) of the points of a sweep that were measured; none if it is for another device."""
+    if sweep.device != results.machine["device"]:
+        return []
     found = [(point, results.records.get(case.name)) for point, case in sweep.points]
     return [(point, record) for point, record in found if record and "seconds" in first_run(record)[1]]
 
@@ -86,8 +93,8 @@ def _draw(axes, sweep: Sweep, points: list[tuple[object, dict]]) -> None:
             continue
         xs, ys = [point for point, _ in runs], [run["seconds"] * 1e6 for _, run in runs]
         mine = runs[0][1]["ours"]
-        color = OURS if mine else COLORS.get(name, "#777777")
-        style = {"linewidth": 2.4, "zorder": 5} if mine else {"linewidth": 1.3}
+        color = BACKENDS.get(name, OURS) if mine else COLORS.get(name, "#777777")
+        style = {"linewidth": 2.4, "zorder": 5} if mine and name not in BACKENDS else {"linewidth": 1.3}
         axes.plot(xs, ys, marker="o", markersize=4.5, color=color, label=name, **style)
         low, high = ([run[key] * 1e6 for _, run in runs] for key in ("p25", "p75"))
         axes.fill_between(xs, low, high, color=color, alpha=0.15, linewidth=0)
@@ -134,7 +141,7 @@ def _fractions(results: Results):
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("fraction of the floor reached (1 = the machine's limit)")
     handles = [axes.barh(0, 0, color=color) for color in colors.values()]
-    labels = ["floor: bytes over the read bandwidth", "floor: operations over torch.mm's FLOP/s"]
+    labels = ["floor: bytes over the bandwidth", "floor: operations over torch.mm's FLOP/s"]
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

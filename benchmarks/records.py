@@ -19,6 +19,7 @@ class Results:
     floors: dict
     floors_after: dict | None = None
     quick: bool = False
+    failed: dict[str, str] = field(default_factory=dict)  # cases that could not be measured, and why
     records: dict[str, dict] = field(default_factory=dict)
 
 
@@ -80,6 +81,12 @@ def read(path: Path, option: str) -> Results:
         return Results(**header, records=records)
     except (KeyError, TypeError, AttributeError) as error:
         raise LorakernError(f"{where} lacks what a run has ({error}); give a file that --json wrote whole") from None
+
+
+def bandwidth(floor: dict) -> tuple[str, float]:
+    """What bytes are measured by, and how many a second: "copy" on a GPU, bytes read and written; "read" on a CPU."""
+    kind = "copy" if "copy_bandwidth" in floor else "read"
+    return kind, floor[f"{kind}_bandwidth"]
 
 
 def first_run(record: dict) -> tuple[str, dict]:

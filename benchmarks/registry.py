@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed")
+# The device that a suite is for, and its sweeps and targets with it: "cpu" unless it is named here.
+DEVICES = {"gpu": "cuda"}
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -61,6 +63,7 @@ class Sweep:
     title: str
     axis: str  # "tokens", "rank", "adapters", or a label for what has no numeric axis
     points: tuple[tuple[object, Case], ...]
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Target:
         text: the promise in words.
         against: the rival that the metric "speedup" divides by.
         judged: False for a measurement that is shown beside the promise but does not decide it.
+        device: the kind of device that it is a promise for; `target` sets it by the suite.
     """
 
     row: str
@@ -81,14 +85,20 @@ class Target:
     bound: float
     against: str | None = None
     judged: bool = True
+    device: str = "cpu"
 
 
 SUITES: dict[str, list[Case]] = {}
 SWEEPS: list[Sweep] = []
 TARGETS: list[Target] = []
 QUICK: set[Case] = set()
-# A case of our own that is timed in turn with another, so that drift hits both: case -> (label, the other case).
-COMPANIONS: dict[Case, tuple[str, Case]] = {}
+# A case that is timed in turn with another, so that drift hits both: case -> (label, the other case, who runs it:
+# a rival, or lorakern if None).
+COMPANIONS: dict[Case, tuple[str, Case, str | None]] = {}
+
+
+def device_of(suite: str) -> str:
+    return DEVICES.get(suite, "cpu")
 
 
 def add(suite: str, *cases: Case, quick: bool = False) -> None:
@@ -103,26 +113,32 @@ def sweep(suite: str, title: str, axis: str, points: dict[object, Case], quick: 
     """Register cases and the line through them; `quick` lists the points that --quick measures too."""
     add(suite, *points.values())
     QUICK.update(points[point] for point in quick)
-    SWEEPS.append(Sweep(title, axis, tuple(points.items())))
+    SWEEPS.append(Sweep(title, axis, tuple(points.items()), device_of(suite)))
 
 
 def target(suite: str, *targets: Target) -> None:
     """Register promises and their cases."""
     for promise in targets:
         add(suite, promise.case, quick=promise.judged)
-        TARGETS.append(promise)
+        TARGETS.append(replace(promise, device=device_of(suite)))
 
 
-def companion(case: Case, label: str, other: Case) -> None:
-    """Time `other` in turn with `case`."""
-    COMPANIONS[case] = (label, other)
+def companion(case: Case, label: str, other: Case, by: str | None = None) -> None:
+    """Time `other` in turn with `case`, computed by a rival if one is named."""
+    COMPANIONS[case] = (label, other, by)
 
 
 def suites_of(case: Case) -> list[str]:
     return [suite for suite, cases in SUITES.items() if case in cases]
 
 
-def select(suites: list[str] | None = None, only: str | None = None, quick: bool = False) -> list[Case]:
-    """Cases of the suites (all if none is named) whose name contains `only`, each once, in order of registration."""
-    cases = dict.fromkeys(case for suite in suites or SUITES for case in SUITES[suite])
+def select(
+    suites: list[str] | None = None, only: str | None = None, quick: bool = False, device: str = "cpu"
+) -> list[Case]:
+    """Cases of the suites whose name contains `only`, each once, in order of registration.
+
+    If no suite is named: of all suites that are for the device.
+    """
+    suites = suites or [suite for suite in SUITES if device_of(suite) == device]
+    cases = dict.fromkeys(case for suite in suites for case in SUITES[suite])
     return [case for case in cases if (not quick or case in QUICK) and (only is None or only in case.name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks import machine, registry
-from benchmarks.records import Results, first_run
+from benchmarks.records import Results, bandwidth, first_run
 from benchmarks.targets import evaluate
 
 
@@ -26,7 +26,9 @@ def floor_lines(floors: dict) -> list[str]:
     flops = {f"torch.mm {k}": v for k, v in floors["mm_flops"].items()}
     flops |= {f"registers alone, {k}": v for k, v in floors["fma_flops"].items()}
     return [
+        *([f"copy bandwidth  {floors['copy_bandwidth'] / 1e9:.1f} GB/s"] if "copy_bandwidth" in floors else []),
         f"read bandwidth  {floors['read_bandwidth'] / 1e9:.1f} GB/s",
+        *([f"empty kernel in a graph  {duration(floors['launch_seconds'])}"] if "launch_seconds" in floors else []),
         *(f"{name}  {value / 1e9:.0f} GFLOP/s" for name, value in flops.items()),
     ]
 
@@ -38,13 +40,14 @@ def header_lines(results: Results) -> list[str]:
 def case_lines(record: dict) -> list[str]:
     """A case: its floor, then a line for each contender."""
     floor, tokens = record["floor"], record["case"]["tokens"]
+    kind, rate = bandwidth(floor)
     source = "from memory" if record["case"]["cold"] else "from the caches"
     checked = "all rows" if record["rows_checked"] == tokens else f"{record['rows_checked']} of {tokens} rows"
     out = [
         "",
         record["name"],
         f"  {floor['bytes'] / 1e6:.1f} MB {source}, {floor['operations'] / 1e6:.0f} MFLOP; floor "
-        f"{duration(floor['seconds'])} by {floor['bound']} (read {floor['read_bandwidth'] / 1e9:.1f} GB/s); "
+        f"{duration(floor['seconds'])} by {floor['bound']} ({kind} {rate / 1e9:.1f} GB/s); "
         f"{checked} checked",
     ]
     for name, run in record["runs"].items():
@@ -60,13 +63,15 @@ def case_lines(record: dict) -> list[str]:
             line += f"  error {run['error']:.1e}"
             line += "" if run["ours"] else f"  {run['ratio']:.2f} x ours" if "ratio" in run else ""
         out.append(line)
+        if "note" in run:
+            out.append(f"  {'':18} {run['note']}")
     return out
 
 
 def target_rows(results: Results) -> Iterator[tuple[registry.Target, str, str]]:
     """(target, what was measured, the verdict in a word) of every target with a measured case."""
     for target in registry.TARGETS:
-        if target.case.name not in results.records:
+        if target.case.name not in results.records or target.device != results.machine["device"]:
             continue
         verdict = evaluate(target, results)
         word = "not measured" if verdict.met is None else "met" if verdict.met else "falls short"

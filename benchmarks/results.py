@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from benchmarks import machine, plots, records, registry, report
@@ -17,16 +18,33 @@ at their true ranks and x once, y read and written once. Every result was checke
 it was timed, at most 128 rows of it in large cases; no speed is given for a wrong result. The grouping of rows by
 adapter (`lk.plan` here, index lists for the mm loop) is made outside of the timed calls, except in the dispatch cases.
 The backward is timed without the forward before it."""
+HOW_ON_A_GPU = """\
+Times are medians over replays of captured CUDA graphs of many calls, between CUDA events, all contenders in turns in
+one process; the spread is the middle half. A contender that cannot be captured is timed as Python launches it, and
+named below. "Cold" rotates the weights over copies that exceed four times the L2, so that they come from memory; "warm"
+repeats one copy. The floor is the larger of the bytes over the copy bandwidth (read and written), measured in turns
+with a cold case, and of the operations over torch.mm's FLOP/s; where all bytes fit in the L2 and the case is warm, the
+latter alone. Bytes: the weights in use at their true ranks and x once, y read and written once. Every result was
+checked against the float64 reference before it was timed, at most 128 rows of it in large cases; no speed is given for
+a wrong result. What depends on the routing alone (`lk.plan`, index lists, vLLM's metadata) is made outside of the timed
+calls. The backward is timed without the forward before it. "lorakern" is the backend that it chooses by itself."""
 
 
 def write(folder: Path, results: Results) -> Path:
-    """Write `<device>.md`, `<device>.jsonl` and the plots into `folder`; `<device>_notes.md` there ends the page."""
+    """Write `<name>.md`, `<name>.jsonl` and, with matplotlib, the plots; `<name>_notes.md` there ends the page.
+
+    The name is `machine.file_name`: "cpu", or "gpu-" and the device's name.
+    """
     folder.mkdir(exist_ok=True)
-    device = results.machine["device"]
-    records.write(folder / f"{device}.jsonl", results)
-    images = plots.write(folder, results)
-    notes = folder / f"{device}_notes.md"
-    path = folder / f"{device}.md"
+    stem = machine.file_name(results.machine)
+    records.write(folder / f"{stem}.jsonl", results)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        images = []
+    else:
+        images = plots.write(folder, results)
+    notes = folder / f"{stem}_notes.md"
+    path = folder / f"{stem}.md"
     records.write_beside(path, page(results, images, notes.read_text(encoding="utf-8") if notes.is_file() else ""))
     return path
 
@@ -34,7 +52,10 @@ def write(folder: Path, results: Results) -> Path:
 def page(results: Results, images: list[Path] = (), notes: str = "") -> str:
     """The page as markdown."""
     quick = ["A quick run: few repetitions, and some of the cases only.", ""] if results.quick else []
-    out = [f"# lorakern on this {results.machine['device'].upper()}", "", *quick, HOW, "", "## Machine and floors", ""]
+    on_cpu = results.machine["device"] == "cpu"
+    title = "this CPU" if on_cpu else results.machine["device_name"]
+    how = HOW if on_cpu else HOW_ON_A_GPU
+    out = [f"# lorakern on {title}", "", *quick, how, "", "## Machine and floors", ""]
     out += [f"- {line}" for line in machine.lines(results.machine)]
     out += ["", *_table(["floor", "at the start", "at the end"], _floors(results)), ""]
     out += ["## Targets", "", *_table(["case", "target", "measured", "time", "verdict"], _targets(results)), ""]
@@ -122,7 +143,8 @@ def _sweep(sweep: Sweep, results: Results) -> list[str]:
 
 def _others(results: Results) -> list[str]:
     """Cases that no sweep shows, and those that have no time."""
-    shown = {case.name for sweep in registry.SWEEPS for _, case in sweep.points}
+    sweeps = [sweep for sweep in registry.SWEEPS if sweep.device == results.machine["device"]]
+    shown = {case.name for sweep in sweeps for _, case in sweep.points}
     shown |= {case.name for case in registry.SUITES["dispatch"]}
     left = [record for name, record in results.records.items() if name not in shown]
     timed = [record for record in left if "seconds" in first_run(record)[1]]
@@ -131,9 +153,21 @@ def _others(results: Results) -> list[str]:
     if timed:
         rows = [[f"`{record['name']}`", *_cells(record, rivals)] for record in timed]
         out += ["### Other cases", "", *_table(["case", *HEAD, *rivals], rows), ""]
-    notes = []
+    notes = [f"- `{name}`: {why}" for name, why in results.failed.items()]
     for name, record in results.records.items():
         for contender, run in record["runs"].items():
-            if "seconds" not in run and (run.get("ours") or run["note"].startswith("wrong")):
+            if "seconds" not in run and (run.get("ours") or run["note"].startswith(("wrong", "failed"))):
                 notes.append(f"- `{name}`: {contender}: {run['note']}")
-    return out + (["### Without a time", "", *notes, ""] if notes else [])
+    out += ["### Without a time", "", *notes, ""] if notes else []
+    return out + _uncaptured(results)
+
+
+def _uncaptured(results: Results) -> list[str]:
+    """The contenders whose times hold what Python costs, with the reasons and in how many cases."""
+    found: dict[tuple[str, str], int] = {}
+    for record in results.records.values():
+        for contender, run in record["runs"].items():
+            if "seconds" in run and "note" in run:
+                found[contender, run["note"]] = found.get((contender, run["note"]), 0) + 1
+    lines = [f"- {contender}, {count} cases: {note}" for (contender, note), count in found.items()]
+    return ["### Outside of a graph", "", *lines, ""] if lines else []

@@ -14,11 +14,11 @@ from benchmarks.contenders import PARTS, Call, Skipped, ours
 from benchmarks.inputs import Inputs
 from benchmarks.registry import COMPANIONS, TARGETS, Case, suites_of
 from benchmarks.rivals import RIVALS
-from benchmarks.timing import Effort, in_turns
+from benchmarks.timing import Effort
 
 # RMS error over RMS of the exact values. Rivals may round h and y as often as their dtype makes them.
 TOLERANCES = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 2e-2}
-READ, PRODUCT = "read bandwidth", "torch.mm"
+BANDWIDTH, PRODUCT = "bandwidth", "torch.mm"
 
 Makers = Mapping[str, Callable[[Inputs], Call]]
 
@@ -34,20 +34,29 @@ def error_of(call: Call, inputs: Inputs, rows: torch.Tensor, wanted: list[torch.
     return max(case_inputs.error_ratio(got, exact) for got, exact in zip(results, wanted, strict=True))
 
 
-def rotating(call: Call, copies: int) -> Callable[[], object]:
+class Rotating:
     """The call on the next copy of the weights each time."""
-    turn = iter(range(1, 1 << 62))
-    return (lambda: call(0)) if copies == 1 else (lambda: call(next(turn) % copies))
+
+    def __init__(self, call: Call, copies: int):
+        self.call, self.copies, self.turn = call, copies, 0
+
+    def __call__(self) -> object:
+        self.turn = (self.turn + 1) % self.copies
+        return self.call(self.turn)
 
 
-def floor_of(inputs: Inputs, mm_flops: float, read_bandwidth: float) -> dict:
-    """The least time that the machine allows: by bytes from memory where the case is cold, and by operations."""
+def floor_of(inputs: Inputs, mm_flops: float, bandwidth: float, kind: str = "read", cache: int | None = None) -> dict:
+    """The least time that the machine allows, by operations and, where bytes must come from memory, by bytes.
+
+    They must in a cold case, and in a warm one if a `cache` is given that cannot hold them.
+    """
+    from_memory = inputs.case.cold or (cache is not None and inputs.bytes > cache)
     by_operations = inputs.operations / mm_flops
-    by_bytes = inputs.bytes / read_bandwidth if inputs.case.cold else 0.0
+    by_bytes = inputs.bytes / bandwidth if from_memory else 0.0
     return {
         "bytes": inputs.bytes,
         "operations": inputs.operations,
-        "read_bandwidth": read_bandwidth,
+        f"{kind}_bandwidth": bandwidth,
         "mm_flops": mm_flops,
         "seconds": max(by_bytes, by_operations),
         "bound": "bytes" if by_bytes > by_operations else "operations",
@@ -66,7 +75,7 @@ def _rates(run: dict, inputs: Inputs, least: float) -> dict:
 def measure(
     case: Case,
     floors: dict,
-    probe: floor.ReadProbe,
+    probe: floor.ReadProbe | floor.CopyProbe,
     effort: Effort,
     rivals: Makers = RIVALS,
     mine: Makers | None = None,
@@ -74,12 +83,12 @@ def measure(
     """One line of the results: the case, its floor, and a run for each contender.
 
     A run has its error and either times and rates, or a "note" that says why there are none: a contender that does not
-    fit the case, or one whose result is wrong. No speed is reported for a wrong result.
+    fit the case, one that fails, or one whose result is wrong. No speed is reported for a wrong result.
 
     Args:
         case: what to measure.
         floors: what `floors.measure` returned.
-        probe: reads the buffer of the bandwidth floor; it takes turns with the contenders of a cold case.
+        probe: what the bandwidth is measured by; it takes turns with the contenders of a cold case.
             So does torch.mm's product where a target is set by it.
         effort: how long to measure.
         rivals, mine: makers of the contenders; lorakern's backends of the probe's device if `mine` is None.
@@ -97,26 +106,31 @@ def measure(
         except Skipped as reason:
             runs[name] = {"note": str(reason)}
             continue
+        except Exception as error:  # a rival, or a backend of ours, that breaks must not end the run of the others
+            runs[name] = {"note": f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+            continue
         runs[name] = {"error": error if math.isfinite(error) else None}
         if error <= TOLERANCES[case.dtype]:
-            functions[name] = rotating(call, inputs.copies)
+            functions[name] = Rotating(call, inputs.copies)
         else:
             runs[name]["note"] = f"wrong (error ratio {error:.1e}): not timed"
     if case in COMPANIONS and next(iter(mine)) in functions:
-        label, other = COMPANIONS[case]
+        label, other, by = COMPANIONS[case]
         beside = case_inputs.make(other, device, floor.cache_bytes(device))
-        functions[label] = rotating(next(iter(mine.values()))(beside), beside.copies)
+        make = next(iter(mine.values())) if by is None else RIVALS[by]
+        functions[label] = Rotating(make(beside), beside.copies)
         runs[label] = {"companion": other.name}
     if case.cold:
-        functions[READ] = probe
+        functions[BANDWIDTH] = probe
     if beside_mm := any(target.case == case and target.metric == "mm_flops" for target in TARGETS):
         functions[PRODUCT] = floor.mm_product(device, case.dtype)
-    timed = in_turns(functions, effort, floor.synchronizer(device))
-    bandwidth = probe.bytes / timed.pop(READ)["seconds"] if case.cold else floors["read_bandwidth"]
+    timed = floor.take_turns(device, functions, effort)
+    kind = probe.kind
+    bandwidth = probe.bytes / timed.pop(BANDWIDTH)["seconds"] if case.cold else floors[f"{kind}_bandwidth"]
     peak = floor.mm_flops(floors, case.dtype)
     if beside_mm:
-        peak = floor.MM_OPERATIONS / timed.pop(PRODUCT)["seconds"]
-    least = floor_of(inputs, peak, bandwidth)
+        peak = floor.mm_operations(device) / timed.pop(PRODUCT)["seconds"]
+    least = floor_of(inputs, peak, bandwidth, kind, floor.cache_bytes(device) if device == "cuda" else None)
     for name, times in timed.items():
         same = "companion" not in runs[name]
         runs[name] |= _rates(times, inputs, least["seconds"]) if same else times

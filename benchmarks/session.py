@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import cases, contenders, floors, machine, records, registry, report, runner  # noqa: F401
+from benchmarks.gpu_rivals import rivals_on
+from benchmarks.graphs import GPU_EFFORT
 from benchmarks.records import Results
-from benchmarks.rivals import RIVALS
 from benchmarks.timing import QUICK, Effort
 from lorakern.errors import LorakernError
 
@@ -36,13 +37,14 @@ class Options:
     compare: Path | None = None
     source: Path | None = None
     list: bool = False
+    seconds: float | None = None  # begin no further case after so long
 
 
 def run(options: Options) -> None:
     """List, measure or read results; print them and write what the options name.
 
     Raises:
-        LorakernError: an option cannot be met. Nothing has been measured then.
+        LorakernError: an option cannot be met: nothing has been measured then. Or a case failed, after all is written.
     """
     chosen = _chosen(options)
     if options.list:
@@ -52,8 +54,8 @@ def run(options: Options) -> None:
     records.check_target("--json", options.json)
     for option, folder in (("--plots", options.plots), ("--results", options.results)):
         records.check_target(option, folder, folder=True)
-        if folder is not None and importlib.util.find_spec("matplotlib") is None:
-            raise LorakernError(f"bench: {option} needs the package matplotlib; run `pip install 'lorakern[bench]'`")
+    if options.plots is not None and importlib.util.find_spec("matplotlib") is None:
+        raise LorakernError("bench: --plots needs the package matplotlib; run `pip install 'lorakern[bench]'`")
     old = records.read(options.compare, "--compare") if options.compare else None
     if options.source:
         results = records.read(options.source, "--from")
@@ -74,6 +76,8 @@ def run(options: Options) -> None:
         from benchmarks import results as page
 
         page.write(options.results, results)
+    if results.failed and not options.source:
+        raise LorakernError(f"bench: {len(results.failed)} cases failed, among them {next(iter(results.failed))}")
 
 
 def _chosen(options: Options) -> list[registry.Case]:
@@ -85,7 +89,7 @@ def _chosen(options: Options) -> list[registry.Case]:
         raise LorakernError("bench: --device cuda needs a CUDA device, and torch sees none; use --device cpu")
     if options.device == "cuda" and not options.list:
         contenders.ours("cuda")
-    chosen = registry.select(list(options.suites), options.only, options.quick)
+    chosen = registry.select(list(options.suites), options.only, options.quick, options.device)
     if not chosen and not options.source:
         raise LorakernError(f"bench: no case is left by --suite and --only {options.only!r}; --list shows all names")
     return chosen
@@ -93,25 +97,41 @@ def _chosen(options: Options) -> list[registry.Case]:
 
 def measure(chosen: list[registry.Case], options: Options) -> Results:
     """Measure the cases, printing each as it is done."""
-    effort = QUICK if options.quick else Effort()
+    if options.device == "cpu":
+        return _measure(chosen, options, QUICK if options.quick else Effort())
+    # Graphs cannot be captured on the default stream, and a backward runs on the stream of its forward.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return _measure(chosen, options, GPU_EFFORT)
+
+
+def _measure(chosen: list[registry.Case], options: Options, effort: Effort) -> Results:
     torch.manual_seed(0)
-    probe = floors.ReadProbe(options.device)
+    start = time.monotonic()
+    probe = floors.bandwidth_probe(options.device)
     results = Results(
         machine.describe(options.device), floors.measure(options.device, probe, effort), quick=options.quick
     )
-    rivals, start = RIVALS if options.rivals else {}, time.monotonic()
+    rivals = rivals_on(options.device) if options.rivals else {}
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else float("inf"))
     with _progress(len(chosen)) as (say, step):
         for line in report.header_lines(results):
             say(line)
         for place, case in enumerate(chosen):
-            if options.quick and time.monotonic() - start > QUICK_SECONDS:
-                say(f"\n{QUICK_SECONDS} seconds are over: {len(chosen) - place} of {len(chosen)} cases are left out")
+            if time.monotonic() - start > seconds:
+                say(f"\n{seconds:g} seconds are over: {len(chosen) - place} of {len(chosen)} cases are left out")
                 break
             step(case.name, 0)
-            record = runner.measure(case, results.floors, probe, effort, rivals)
+            try:
+                record = runner.measure(case, results.floors, probe, effort, rivals)
+            except Exception as error:  # what the other cases gave is not to be lost
+                results.failed[case.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                say(f"\n{case.name}\n  failed: {results.failed[case.name]}")
+                continue
             results.records[case.name] = record
             for line in report.case_lines(record):
                 say(line)
+            if options.json:  # each time, so that a run that is cut off leaves what it has
+                records.write(options.json, results)
             step(case.name, 1)
         results.floors_after = floors.measure(options.device, probe, effort)
         say("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.records import Results, first_run
+from benchmarks.records import Results, bandwidth, first_run
 from benchmarks.registry import Target
 
 
@@ -24,11 +24,11 @@ def _mean(numbers: list[int]) -> float:
 def evaluate(target: Target, results: Results) -> Verdict:
     """Compare a target's metric with its bound.
 
-    The metrics: "bandwidth" (bytes a second over the read bandwidth that took turns with the case), "mm_flops"
+    The metrics: "bandwidth" (bytes a second over the bandwidth that took turns with the case), "mm_flops"
     (FLOP/s over torch.mm's, likewise),
     "speedup" (time of `target.against` over ours), all at least the bound; "proportional" (our time over that of the
-    padded companion, over the ratio of their ranks), "per_choice" (our time over K times the companion's), "seconds",
-    all at most the bound.
+    padded companion, over the ratio of their ranks), "per_choice" (our time over K times the companion's), "companion"
+    (our time over the companion's), "seconds", all at most the bound.
     """
     record = results.records.get(target.case.name)
     if record is None:
@@ -37,7 +37,7 @@ def evaluate(target: Target, results: Results) -> Verdict:
     if "seconds" not in run:
         return Verdict(None, None, run["note"])
     if target.metric == "bandwidth":
-        rate, peak = record["floor"]["bytes"] / run["seconds"], record["floor"]["read_bandwidth"]
+        rate, peak = record["floor"]["bytes"] / run["seconds"], bandwidth(record["floor"])[1]
         value = rate / peak
         return Verdict(value >= target.bound, value, f"{value:.1%} ({rate / 1e9:.1f} of {peak / 1e9:.1f} GB/s)")
     if target.metric == "mm_flops":
@@ -53,7 +53,7 @@ def evaluate(target: Target, results: Results) -> Verdict:
     if target.metric == "seconds":
         value = run["seconds"]
         return Verdict(value < target.bound, value, f"{value * 1e6:.2f} us")
-    if target.metric not in ("proportional", "per_choice"):
+    if target.metric not in ("proportional", "per_choice", "companion"):
         raise ValueError(f"target {target.row!r} has the unknown metric {target.metric!r}")
     companion = next((run for run in record["runs"].values() if "companion" in run), None)
     if companion is None:
@@ -66,5 +66,5 @@ def evaluate(target: Target, results: Results) -> Verdict:
         return Verdict(
             value <= target.bound, value, f"{value:.2f} ({ratio:.0%} of the time for {share:.0%} of the ranks)"
         )
-    value = ratio / target.case.choices
+    value = ratio / target.case.choices if target.metric == "per_choice" else ratio
     return Verdict(value <= target.bound, value, f"{value:.2f} x")

@@ -7,6 +7,15 @@ import torch
 import lorakern as lk
 
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SHAPES = [  # tokens, choices, slots, d_in, d_outs, r_max
+    (1, 1, 1, 64, (64,), 16),
+    (5, 1, 3, 63, (5,), 1),
+    (63, 1, 9, 1000, (100, 37, 64), 24),
+    (64, 2, 64, 576, (192,), 5),
+    (200, 4, 6, 576, (576, 192), 33),
+    (70, 1, 2, 4096, (300,), 96),
+    (33, 3, 4, 129, (65, 1), 256),
+]
 POPULARITIES = ("identical", "distinct", "uniform", "zipf", "skewed")
 
 
@@ -78,6 +87,11 @@ class Problem:
         gates = None if self.gates is None else self.gates[start:stop]
         return replace(self, y=self.y[start:stop], x=self.x[start:stop], indices=self.indices[start:stop], gates=gates)
 
+    def to(self, device):
+        """The same problem on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, A=[a.to(device) for a in self.A], B=[b.to(device) for b in self.B], **moved)
+
     def without_nan(self):
         return replace(self, A=[a.nan_to_num(0.0) for a in self.A], B=[b.nan_to_num(0.0) for b in self.B])
 
@@ -133,7 +147,4 @@ def problem(
         ranks=ranks,
         gates=gates,
     )
-    if device == "cpu":
-        return whole
-    moved = {name: value.to(device) for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
-    return replace(whole, A=[a.to(device) for a in A], B=[b.to(device) for b in B], **moved)
+    return whole if device == "cpu" else whole.to(device)

@@ -28,7 +28,8 @@ from benchmarks import (
 from benchmarks.registry import Case, Target
 from benchmarks.timing import Effort, in_turns, summary
 
-ALL = list(dict.fromkeys(case for suite in registry.SUITES.values() for case in suite))
+ALL = registry.select()
+ON_A_GPU = registry.select(device="cuda")
 TINY = Case(6, 3, ranks=(2, 4), d_in=24, d_outs=(16,), dtype="float32")
 ONCE = Effort(0.0, 3, 3)
 FLOORS = {
@@ -41,7 +42,7 @@ FLOORS = {
 class Probe:
     """Stands in for the read of a large buffer."""
 
-    device, bytes = "cpu", 1 << 20
+    device, kind, bytes = "cpu", "read", 1 << 20
 
     def __call__(self):
         pass
@@ -51,7 +52,7 @@ def measured(case, **options):
     return runner.measure(case, FLOORS, Probe(), ONCE, **options)
 
 
-def made_up(seconds=1e-3, rivals=(), case=None, bandwidth=30e9, companion=None):
+def made_up(seconds=1e-3, rivals=(), case=None, bandwidth=30e9, companion=None, kind="read"):
     """A record as `runner.measure` makes it, of round numbers."""
     case = case or registry.SUITES["decode"][0]
     run = summary([seconds] * 3, 1) | {
@@ -74,7 +75,7 @@ def made_up(seconds=1e-3, rivals=(), case=None, bandwidth=30e9, companion=None):
     floor = {
         "bytes": 24_000_000,
         "operations": 10**8,
-        "read_bandwidth": bandwidth,
+        f"{kind}_bandwidth": bandwidth,
         "mm_flops": 2e11,
         "seconds": 8e-4,
         "bound": "bytes",
@@ -99,7 +100,8 @@ def made_up_run(*made):
 
 
 def test_names_are_unique_and_tell_every_field():
-    assert len({case.name for case in ALL}) == len(ALL)
+    everything = {*ALL, *ON_A_GPU}
+    assert len({case.name for case in everything}) == len(everything)
     changes = {
         "tokens": 9,
         "adapters": 9,
@@ -134,8 +136,8 @@ def test_the_registry_covers_every_axis():
 
 
 def test_quick_measures_every_judged_target():
-    quick = registry.select(quick=True)
-    assert {target.case for target in registry.TARGETS if target.judged} <= set(quick) < set(ALL)
+    judged = {target.case for target in registry.TARGETS if target.judged and target.device == "cpu"}
+    assert judged <= set(registry.select(quick=True)) < set(ALL)
 
 
 @pytest.mark.parametrize("popularity", registry.POPULARITIES)
@@ -216,7 +218,7 @@ def test_no_speed_is_reported_for_a_wrong_result(broken):
 
 def test_a_companion_is_timed_beside_its_case(monkeypatch):
     case = TINY.but(tokens=7)
-    monkeypatch.setitem(registry.COMPANIONS, case, ("padded", case.but(ranks=(4,))))
+    monkeypatch.setitem(registry.COMPANIONS, case, ("padded", case.but(ranks=(4,)), None))
     run = measured(case, rivals={})["runs"]["padded"]
     assert run["companion"] == case.but(ranks=(4,)).name and run["seconds"] > 0 and not run["ours"]
 
@@ -323,6 +325,8 @@ FAST, SLOW = 1e-3, 4e-3  # 24 MB in 1 ms are 24 of 30 GB/s; 1e8 operations in 1 
         ("speedup", 3.1, FAST, False, "3.00 x"),
         ("seconds", 2e-3, FAST, True, "1000.00 us"),
         ("seconds", 1e-3, FAST, False, "1000.00 us"),
+        ("companion", 1.15, 1.1e-3, True, "1.10 x"),
+        ("companion", 1.15, 1.2e-3, False, "1.20 x"),
         ("per_choice", 1.15, 4.4e-3, True, "1.10 x"),
         ("per_choice", 1.15, 4.8e-3, False, "1.20 x"),
         ("proportional", 1.25, 0.75e-3, True, "1.20 (75% of the time for 62% of the ranks)"),
@@ -347,27 +351,41 @@ def test_a_target_without_its_measurement_is_neither_met_nor_missed():
         targets.evaluate(Target("row", "text", TINY, "nope", 2), made_up_run(made_up(case=TINY)))
 
 
-@pytest.fixture(scope="module")
-def full_run():
-    """A made-up run of every case."""
-    against = {"mm loop": 2.0, "vllm cpu": 100.0}
-    return made_up_run(*(made_up(case=case, rivals=against, companion=1e-3) for case in ALL))
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def full_run(request):
+    """A made-up run of every case of a device."""
+    if request.param == "cpu":
+        against = {"mm loop": 2.0, "vllm cpu": 100.0}
+        return made_up_run(*(made_up(case=case, rivals=against, companion=1e-3) for case in ALL))
+    made = [made_up(case=case, rivals={"vllm triton": 1.4}, companion=1e-3, kind="copy") for case in ON_A_GPU]
+    run = made_up_run(*made)
+    run.machine |= {"device": "cuda", "device_name": "NVIDIA H200", "device_cache_bytes": 60 << 20}
+    run.floors = run.floors_after = FLOORS | {"copy_bandwidth": 4e12, "launch_seconds": 2e-6}
+    run.failed["another case"] = "OutOfMemoryError: none left"
+    made[0]["runs"]["vllm triton"]["note"] = "timed as Python launches it: the host waits"
+    return run
 
 
 def test_the_page_shows_every_target_sweep_and_case(full_run, tmp_path):
-    (tmp_path / "cpu_notes.md").write_text("## What bounds what falls short\n\nThe memory.\n")
+    device = full_run.machine["device"]
+    name, before, all_cases = ("cpu", "", ALL) if device == "cpu" else ("gpu-h200", "gpu-h200-", ON_A_GPU)
+    (tmp_path / f"{name}_notes.md").write_text("## What bounds what falls short\n\nThe memory.\n")
     page = results.write(tmp_path, full_run).read_text()
     for target in registry.TARGETS:
-        assert target.row in page and target.text in page
+        assert (f"| {target.text} |" in page and target.row in page) == (target.device == device)
     assert "**met**" in page and "**falls short**" in page
-    assert all(f"### {sweep.title}\n" in page for sweep in registry.SWEEPS)
-    shown = {case.name for sweep in registry.SWEEPS for _, case in sweep.points}
-    assert all(case.name in page for case in ALL if case.name not in shown)
+    sweeps = [sweep for sweep in registry.SWEEPS if sweep.device == device]
+    assert all((f"### {sweep.title}\n" in page) == (sweep in sweeps) for sweep in registry.SWEEPS)
+    shown = {case.name for sweep in sweeps for _, case in sweep.points}
+    assert all(case.name in page for case in all_cases if case.name not in shown)
+    if device == "cuda":
+        assert "# lorakern on NVIDIA H200" in page and "| copy bandwidth | 4000.0 GB/s | 4000.0 GB/s |" in page
+        assert "- `another case`: OutOfMemoryError" in page and "- vllm triton, 1 cases: timed as Python" in page
     assert page.endswith("## What bounds what falls short\n\nThe memory.\n")
     images = {path.name for path in tmp_path.glob("*.png")}
-    assert images == {*plots.LINES, "floors.png"} and all(f"({name})" in page for name in images)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in images)
-    assert (tmp_path / "cpu.jsonl").is_file() and not list(tmp_path.glob(".*"))
+    assert images == {f"{before}{image}" for image in [*plots.LINES, "floors.png"]}
+    assert all(f"({image})" in page and (tmp_path / image).read_bytes().startswith(b"\x89PNG") for image in images)
+    assert (tmp_path / f"{name}.jsonl").is_file() and not list(tmp_path.glob(".*"))
 
 
 def test_list_measures_nothing(capsys, monkeypatch):

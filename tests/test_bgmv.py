@@ -4,21 +4,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from problems import POPULARITIES, TOLERANCES, error_ratio, problem
+from problems import POPULARITIES, SHAPES, TOLERANCES, error_ratio, problem
 
 import lorakern as lk
 from lorakern.backends import cpu
 
 DTYPES = list(TOLERANCES)
-SHAPES = [  # tokens, choices, slots, d_in, d_outs, r_max
-    (1, 1, 1, 64, (64,), 16),
-    (5, 1, 3, 63, (5,), 1),
-    (63, 1, 9, 1000, (100, 37, 64), 24),
-    (64, 2, 64, 576, (192,), 5),
-    (200, 4, 6, 576, (576, 192), 33),
-    (70, 1, 2, 4096, (300,), 96),
-    (33, 3, 4, 129, (65, 1), 256),
-]
 
 
 def build(dtype, shape, **options):

@@ -1,4 +1,7 @@
-"""The CUDA backend against the reference on the same device. What needs no device is at the end."""
+"""The CUDA backend by itself against the reference on the same device; test_gpu.py has what holds for any backend.
+
+What needs no device is at the end.
+"""
 
 import types
 from unittest.mock import Mock
@@ -201,18 +204,6 @@ def test_stride_zero_weights():
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
-def test_a_token_alone_and_in_any_batch_and_again(dtype):
-    case = make_case(37, 520, (130, 64), 5, 24, dtype, choices=2)
-    y = run(case, make_y(case))
-    assert same_bits(run(case, make_y(case)), y)
-    order = torch.randperm(37, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for rows in (order[:1], order[:9], order, torch.cat([order, order])):
-        part = {**case, **{name: case[name][rows] for name in ("x", "indices", "gates")}}
-        assert same_bits(run(part, make_y(case)[rows]), y[rows])
-
-
-@gpu
 def test_nothing_to_do():
     case = make_case(4, 32, (16,), 2, 8, torch.float32)
     none = {**case, **{name: case[name][:0] for name in ("x", "indices", "gates")}}
@@ -245,66 +236,6 @@ def test_offsets_past_two_to_the_31():
         room = torch.empty(gap + w.numel(), dtype=w.dtype, device=DEVICE)
         far[name] = [room.as_strided(w.shape, (gap, w.shape[2], 1)).copy_(w)]
     assert same_bits(run(far, make_y(case)), run(case, make_y(case)))
-
-
-@gpu
-def test_the_host_never_waits():
-    case = make_case(16, 64, (64,), 4, 8, torch.bfloat16, choices=2)
-    y = make_y(case)
-    run(case, y)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(case, y)
-        cuda.plan(case["indices"], 4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@gpu
-def test_a_captured_graph_replays_with_new_routing():
-    first, second = (make_case(32, 256, (128, 64), 6, 16, torch.bfloat16, choices=2, seed=seed) for seed in (0, 1))
-    static = {name: value if isinstance(value, list) else value.clone() for name, value in first.items()}
-    y = make_y(static)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run(static, y)
-        order, starts = cuda.plan(static["indices"], 6)
-    for case in (first, second, first):
-        fresh = {**first, **{name: case[name] for name in ("x", "indices", "gates")}}
-        for name in ("x", "indices", "gates"):
-            static[name].copy_(case[name])
-        y.copy_(make_y(static))
-        graph.replay()
-        assert same_bits(y, run(fresh, make_y(fresh)))
-        want_order, want_starts = reference.plan(case["indices"], 6)
-        assert torch.equal(order, want_order) and torch.equal(starts, want_starts)
-
-
-@gpu
-def test_concurrent_streams_do_not_share_scratch():
-    cases = [make_case(64, 1024, (512,), 8, 64, torch.bfloat16, seed=seed) for seed in range(4)]
-    want = [run(case, make_y(case)) for case in cases]
-    streams = [torch.cuda.Stream() for _ in cases]
-    for _ in range(20):
-        ys = [make_y(case) for case in cases]
-        torch.cuda.synchronize()
-        for case, y, stream in zip(cases, ys, streams, strict=True):
-            with torch.cuda.stream(stream):
-                run(case, y)
-        torch.cuda.synchronize()
-        assert all(same_bits(y, w) for y, w in zip(ys, want, strict=True))
-
-
-@gpu
-def test_through_the_public_op():
-    case = make_case(24, 128, (64, 32), 4, 16, torch.float16, choices=2)
-    want = run(case, make_y(case, 2), 2)
-    y, arguments = make_y(case, 2), dict(case)
-    positional = [arguments.pop(name) for name in ("x", "A", "B", "indices")]
-    with lk.use_backend("cuda"):
-        grouped = lk.plan(case["indices"], 4)
-        assert lk.bgmv(y, *positional, **arguments, plan=grouped, y_offset=2) is y
-    assert same_bits(y, want)
 
 
 @gpu
