@@ -23,7 +23,7 @@ MODULE = "base_model.model.layers.0.proj"
 FACTORS = {f"{MODULE}.lora_A.weight": torch.ones(2, 8), f"{MODULE}.lora_B.weight": torch.ones(6, 2)}
 
 
-def write(folder, tensors=FACTORS, **config):
+def write(folder, tensors=FACTORS, /, **config):
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["proj"]} | config
     folder.mkdir(exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(fields))
