@@ -13,7 +13,7 @@ _TYPES = {
 
 
 def describe(launch):
-    """(signature, constants, attributes) of a launch, as Triton's own launcher finds them for pointers that 16 divides."""
+    """(signature, constants, attributes) of a launch, as Triton finds them for pointers that 16 divides."""
     signature, constants, attributes = {}, {}, {}
 
     def visit(path, value, specialize, align):
@@ -47,4 +47,10 @@ def source(launch):
 def key(launch):
     """What tells the compiled kernels of launches apart: launches with one key share one."""
     signature, constants, attributes = describe(launch)
-    return launch.kernel.__name__, str(signature), str(sorted(constants.items())), str(sorted(attributes)), launch.config
+    return (
+        launch.kernel.__name__,
+        str(signature),
+        str(sorted(constants.items())),
+        str(sorted(attributes)),
+        launch.config,
+    )
