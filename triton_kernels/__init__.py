@@ -16,5 +16,6 @@ from .configs import SHARED_LIMIT
 from .expand import expand
 from .plan import countable, plan
 from .shrink import shrink
+from .warmup import warmup
 
-__all__ = ["INTERPRET", "SHARED_LIMIT", "bgmv", "countable", "expand", "plan", "shrink"]
+__all__ = ["INTERPRET", "SHARED_LIMIT", "bgmv", "countable", "expand", "plan", "shrink", "warmup"]

@@ -33,7 +33,10 @@ D_OUT = (4096, 1024, 1024)
 def launches(config):
     """(name, launch) of every variant of a configuration: with every option, without any, and a mixture of adapters."""
     if config.op == "plan":
-        yield "any", next(layer_launches(16, (16,), 16, torch.float32, "meta", indices=config.dtype, **PLAIN))
+        yield (
+            "any",
+            next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
+        )
         return
     for planes in PLANES:
         for name, choices, slices, given in (("plain", 1, 1, PLAIN), ("full", 1, 3, FULL), ("mixture", 2, 3, FULL)):
@@ -50,10 +53,10 @@ def launches(config):
             )
             # for one plane and for several: the last are of as many planes as asked for; shrink is the same for all
             *_, shrink, expand = found
-            if config.op == "expand":
-                yield f"{name}-{planes}", expand
-            elif name != "mixture" and planes == 1:
+            if config.op == "shrink" and name != "mixture" and planes == 1:
                 yield name, shrink
+            elif expand.config == config:
+                yield f"{name}-{planes}", expand
 
 
 PLAIN = {"ranks": None, "scale": False, "gates": False, "accumulate": False}

@@ -23,7 +23,8 @@ SPILL_LIMIT = 0
 class Config:
     """One row: tiles of up to `block_r` ranks, and `block` elements of d_in (shrink), d_out (expand) or pairs (plan).
 
-    `shared` is what a device must offer: rows that differ in it alone compute the same bits.
+    `mixture` is expand where a token has several choices. `shared` is what a device must offer: rows that differ in it
+    alone compute the same bits.
     """
 
     op: str
@@ -49,9 +50,11 @@ CONFIGS = tuple(
                 (64, 128, 4, 6, LARGE_SHARED),
             ),
         ),
-        ("shrink", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3))),
+        ("shrink", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 3))),
         ("expand", (torch.float16, torch.bfloat16), ((16, 128, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2))),
-        ("expand", (torch.float32,), ((16, 64, 4, 2), (32, 64, 4, 2))),
+        ("expand", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 2))),
+        ("mixture", (torch.float16, torch.bfloat16), ((16, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1))),
+        ("mixture", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 1))),
         ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )
     for dtype in dtypes

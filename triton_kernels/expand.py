@@ -234,8 +234,8 @@ def expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumula
     """
     num_tokens, choices = indices.shape
     num_slots, _, r_max = B[0].shape
-    config = select("expand", B[0].dtype, r_max, shared)
     mixture = choices > 1
+    config = select("mixture" if mixture else "expand", B[0].dtype, r_max, shared)
     if mixture:
         step = 1 if num_tokens <= SINGLE_TOKENS else BLOCK_M
         blocks, order, starts = triton.cdiv(num_tokens, step), None, None

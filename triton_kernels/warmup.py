@@ -7,14 +7,14 @@ batches; what the batch does choose is whether h has planes.
 import torch
 
 from .bgmv import bgmv_launches
-from .common import run
+from .common import INTERPRET, run
 from .configs import SHARED_LIMIT, chunks
 from .plan import plan_launch
 from .signature import key
 
 
 def layer_launches(
-    d_in, d_outs, r_max, dtype, device, *, choices=1, indices, ranks, scale, gates, accumulate, shared=SHARED_LIMIT
+    d_in, d_outs, r_max, dtype, device, *, choices, indices, ranks, scale, gates, accumulate, shared=SHARED_LIMIT
 ):
     """Every launch of bgmv for one layer: with a plan of its own, with planes and without.
 
@@ -39,13 +39,14 @@ def layer_launches(
         yield from bgmv_launches(*activations, *weights, *options, order, starts, accumulate, shared, planes)
 
 
-def warmup(layers, dtype, device, **options):
-    """Compile and load the kernels of every (d_in, d_outs, r_max) by launching each once; how many there were."""
+def warmup(layers, dtype, device, choices=(1,), **options):
+    """Compile and load the kernels of every (d_in, d_outs, r_max) by launching each once; how many there are."""
     kernels = set()
     for d_in, d_outs, r_max in layers:
-        for launch in layer_launches(d_in, d_outs, r_max, dtype, device, **options):
-            # layers of the same kind share their kernels
-            if (kernel := key(launch)) not in kernels:
-                kernels.add(kernel)
-                run(launch, device)
+        for count in choices:
+            for launch in layer_launches(d_in, d_outs, r_max, dtype, device, choices=count, **options):
+                # layers of the same kind share their kernels; the interpreter has none and runs them all
+                if (kernel := len(kernels) if INTERPRET else key(launch)) not in kernels:
+                    run(launch, device)
+                    kernels.add(kernel)
     return len(kernels)

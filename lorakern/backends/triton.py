@@ -55,6 +55,13 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
     _kernels().bgmv(columns, x, A, B, indices, scale, ranks, gates, order, starts, accumulate, _shared(x.device))
 
 
+def warmup(layers, dtype, device, **options):
+    """Compile and load what bgmv launches for these layers; the number of kernels."""
+    if device.type != "cuda" and not _kernels().INTERPRET:
+        raise LorakernError(f"the triton backend takes CUDA devices unless TRITON_INTERPRET=1; got {device}")
+    return _kernels().warmup(layers, dtype, device, shared=_shared(device), **options)
+
+
 @functools.cache
 def _shared(device):
     """Bytes of shared memory that a block may use on the device."""
