@@ -192,7 +192,7 @@ def test_many_slots(tokens, monkeypatch):
     check_bgmv(case | {"indices": alone}, torch.zeros(tokens, 16, device=DEVICE), 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (63, 1), (40, 4), (0, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 1), (12, 4), (0, 1)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plan(shape, dtype):
     indices = torch.randint(-2, 9, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
