@@ -106,19 +106,21 @@ def expand_tile(
     """B[:, :rank] @ h[:rank] for rows at p_h (BLOCK_M,) and weights at p_b (BLOCK_N,): (BLOCK_M, BLOCK_N) float32."""
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     # whole tiles while more than half of one is left, then one of the smallest size that holds the rest
-    for o in range(0, rank - BLOCK_R // 2, BLOCK_R):
-        some = tl.minimum(rank - o, BLOCK_R)
+    # r_max, as a number of run time: where it is 1 Triton makes it a constant, which no loop can change
+    width = tl.maximum(rank, r_max)
+    for _ in range(0, rank - BLOCK_R // 2, BLOCK_R):
         b_sum = expand_ranks(
-            b_sum, p_h + o, m_t, p_b + o, m_n, some, r_max - o, plane, PLANES, BLOCK_M, BLOCK_R, PRECISION
+            b_sum, p_h, m_t, p_b, m_n, tl.minimum(rank, BLOCK_R), width, plane, PLANES, BLOCK_M, BLOCK_R, PRECISION
         )
-    done = (rank + (BLOCK_R // 2 - 1)) // BLOCK_R * BLOCK_R
-    rest = rank - done
-    p_h, p_b, width = p_h + done, p_b + done, r_max - done
+        p_h += BLOCK_R
+        p_b += BLOCK_R
+        rank -= BLOCK_R
+        width -= BLOCK_R
     if BLOCK_R >= 64:  # noqa: SIM102, the one is known to the compiler, the other to the device
-        if rest > 16:
-            b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rest, width, plane, PLANES, BLOCK_M, 32, PRECISION)
-    if (rest > 0) & (rest <= 16):
-        b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rest, width, plane, PLANES, BLOCK_M, 16, PRECISION)
+        if rank > 16:
+            b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 32, PRECISION)
+    if (rank > 0) & (rank <= 16):
+        b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 16, PRECISION)
     return b_sum
 
 
