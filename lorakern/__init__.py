@@ -10,7 +10,7 @@ from lorakern.adapters import LoraAdapter, LoraFactors
 from lorakern.backends import use_backend
 from lorakern.errors import LorakernError
 from lorakern.info import info
-from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, sgmv, shrink
+from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, sgmv, shrink, warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "sgmv",
     "shrink",
     "use_backend",
+    "warmup",
 ]

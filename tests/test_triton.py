@@ -192,10 +192,11 @@ def test_many_slots(tokens, monkeypatch):
     check_bgmv(case | {"indices": alone}, torch.zeros(tokens, 16, device=DEVICE), 1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (63, 1), (40, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (63, 1), (12, 4), (0, 1)])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_plan(shape, dtype):
     indices = torch.randint(-2, 9, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    indices = indices.T.contiguous().T
     ours, theirs = backend.plan(indices, 7), reference.plan(indices, 7)
     assert all(o.dtype == torch.int32 and torch.equal(o, t) for o, t in zip(ours, theirs, strict=True))
     case = make_case(shape[0], 16, (16,), 7, 8, torch.float32, choices=shape[1]) | {"indices": indices}
@@ -251,6 +252,89 @@ def test_offsets_beyond_int32(choices, monkeypatch):
     out = far(y, 4096)
     backend.bgmv(out, **far_case, order=None, starts=None, y_offset=0, accumulate=True)
     assert_close("y", out, run(reference, y, case), 1e-3)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_planes_change_no_bit(dtype, choices, monkeypatch):
+    """Chunks of d_in in planes, in one program, and by shrink and expand one after the other: the same bits."""
+    case = make_case(4, 1100, (20,), 6, 40, dtype, choices=choices, seed=2)
+    y = torch.randn(4, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    kernels = backend._kernels()
+    results = {}
+    for full_grid, planes in ((10**6, 2), (0, 1)):
+        monkeypatch.setattr(sys.modules["lorakern.triton_kernels.shrink"], "FULL_GRID", full_grid)
+        launched = record(monkeypatch)
+        results[planes] = run(backend, y, case)
+        assert [launch.arguments["p_h"].shape[0] for launch in launched[1:]] == [planes, planes]
+    h = torch.full((1, 4, choices, 40), torch.nan, device=DEVICE)
+    order, starts = kernels.plan(case["indices"], 6)
+    backend.shrink(h, case["x"], case["A"], case["indices"], case["ranks"], order, starts)
+    halves, options = y.clone(), [case[name] for name in ("B", "indices", "scale", "ranks", "gates")]
+    backend.expand(halves, h, *options, order, starts, 0, True)
+    assert torch.equal(bits(results[1]), bits(results[2])) and torch.equal(bits(halves), bits(results[1]))
+    check_bgmv(case, y, 1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def record(monkeypatch):
+    """The launches from here on, in their order; they run all the same."""
+    launched, common = [], sys.modules["lorakern.triton_kernels.common"]
+
+    def run_and_record(launch, device):
+        launched.append(launch)
+        common.run(launch, device)
+
+    for name in ("bgmv", "shrink", "expand", "plan"):
+        monkeypatch.setattr(sys.modules[f"lorakern.triton_kernels.{name}"], "run", run_and_record)
+    return launched
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_two_launches_for_any_number_of_slices(choices, monkeypatch):
+    case = make_case(3, 16, (8, 5, 3), 3, 8, torch.float32, choices=choices)
+    y = torch.zeros(3, 16, device=DEVICE)
+    launched = record(monkeypatch)
+    plan = backend.plan(case["indices"], 3)
+    run(backend, y, case, plan=plan)
+    assert len(launched) == 1 + 2
+    run(backend, y, case)
+    assert len(launched) == 3 + 3
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_odd_and_large_ranks_in_one_batch(choices, monkeypatch):
+    """Each slot takes tiles for its own rank; beyond it, in A, in B and in the scratch between, all is NaN."""
+    monkeypatch.setattr(sys.modules[__name__], "RANKS", (1, 5, 24, 96, 256, 0, 17, 65))
+    case = make_case(8, 24, (20,), 8, 256, torch.float16, choices=choices)
+    case["indices"] = torch.arange(8, device=DEVICE)[:, None].repeat(1, choices)
+    case["indices"][:, choices - 1] = case["indices"][:, choices - 1].roll(choices - 1)
+    check_bgmv(case, torch.full((8, 20), 0.5, dtype=torch.float16, device=DEVICE), 1e-3)
+
+
+def test_a_plan_is_refilled_in_place():
+    """What a captured graph does: the same buffers, new routing."""
+    case = make_case(20, 16, (16,), 5, 8, torch.float32)
+    y = torch.zeros(20, 16, device=DEVICE)
+    buffers = [torch.empty_like(part) for part in backend.plan(case["indices"], 5)]
+    for shift in (0, 3, 11):
+        case["indices"].copy_(case["indices"].roll(shift, dims=0))
+        for buffer, part in zip(buffers, backend.plan(case["indices"], 5), strict=True):
+            buffer.copy_(part)
+        assert_close("y", run(backend, y, case, plan=buffers), run(reference, y, case), 1e-6)
+
+
+def test_plan_of_more_pairs_than_are_counted(monkeypatch):
+    monkeypatch.setattr(sys.modules["lorakern.triton_kernels.plan"], "MAX_PAIRS", 10)
+    indices = torch.randint(-2, 9, (11, 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for some in (indices, indices[:10]):
+        for ours, theirs in zip(backend.plan(some, 7), reference.plan(some, 7), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_warmup_runs_every_launch():
+    options = {"indices": torch.int64, "ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
+    count = backend.warmup([(24, (16, 5), 40)], torch.float16, torch.device(DEVICE), choices=(1, 2), **options)
+    assert count >= 3
 
 
 def test_float64_is_refused():

@@ -41,9 +41,10 @@ def test_no_wgmma_with_register_operands():
         "import torch, triton\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from lorakern.triton_kernels import aot\n"
-        "for op in ('shrink', 'expand'):\n"
-        "    config = aot.select(op, torch.bfloat16, 64)\n"
-        "    source = aot.source(dict(aot.launches(config))['full'])\n"
+        "from lorakern.triton_kernels.configs import select\n"
+        "for op, variant in (('shrink', 'full'), ('expand', 'full-8'), ('mixture', 'mixture-8')):\n"
+        "    config = select(op, torch.bfloat16, 64)\n"
+        "    source = aot.source(dict(aot.launches(config))[variant])\n"
         "    ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=aot.options(config)).asm['ptx']\n"
         "    assert 'mma.sync' in ptx and 'wgmma' not in ptx, op\n"
     )
@@ -69,3 +70,22 @@ def test_missing_names_what_would_help():
     status, output = python("-c", code)
     assert status == 0 and output.strip() in ("True None", "False needs a CUDA device or TRITON_INTERPRET=1")
     assert python("-c", code, TRITON_INTERPRET="1")[1].strip().endswith("None")
+
+
+@needs_triton
+def test_sizes_of_one_compile():
+    """Triton makes a constant of every number that is 1, which no longer takes part in what happens at run time."""
+    code = (
+        "import torch, triton\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from lorakern.triton_kernels import aot\n"
+        "from lorakern.triton_kernels.warmup import layer_launches\n"
+        "for choices in (1, 2):\n"
+        "    for launch in layer_launches(\n"
+        "        1, (1, 3), 1, torch.float16, 'meta', choices=choices, indices=torch.int64, **aot.FULL\n"
+        "    ):\n"
+        "        options = aot.options(launch.config)\n"
+        "        triton.compile(aot.source(launch), target=GPUTarget('cuda', 90, 32), options=options)\n"
+    )
+    status, output = python("-c", code)
+    assert status == 0, output[-4000:]

@@ -10,8 +10,12 @@ if __name__ == "triton_kernels":
         "Import lorakern, or remove lorakern's checkout from sys.path"
     )
 
+from .bgmv import bgmv
 from .common import INTERPRET
+from .configs import SHARED_LIMIT
 from .expand import expand
+from .plan import countable, plan
 from .shrink import shrink
+from .warmup import warmup
 
-__all__ = ["INTERPRET", "expand", "shrink"]
+__all__ = ["INTERPRET", "SHARED_LIMIT", "bgmv", "countable", "expand", "plan", "shrink", "warmup"]

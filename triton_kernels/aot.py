@@ -18,71 +18,49 @@ from multiprocessing import get_context
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from .common import INTERPRET, Launch, options
-from .configs import CONFIGS, SHARED_LIMIT, SPILL_LIMIT, Config, select
-from .expand import expand_launch
-from .shrink import shrink_launch
+from .common import INTERPRET, options
+from .configs import CONFIGS, PLANES, SPILL_LIMIT, Config
+from .signature import source
+from .warmup import layer_launches
 
-ARCHITECTURES = (80, 90, 100)
-_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+# bytes of shared memory that a block may use
+ARCHITECTURES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # sizes of a typical layer: triton specialises on what divides by 16, so these stand for all such sizes
-TOKENS, SLOTS, D_IN, D_OUT = 64, 64, 4096, (4096, 1024, 1024)
+D_OUT = (4096, 1024, 1024)
 
 
 def launches(config):
     """(name, launch) of every variant of a configuration: with every option, without any, and a mixture of adapters."""
-    rank, dtype = config.block_r, config.dtype
+    if config.op == "plan":
+        yield (
+            "any",
+            next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
+        )
+        return
+    for planes in PLANES:
+        for name, choices, slices, given in (("plain", 1, 1, PLAIN), ("full", 1, 3, FULL), ("mixture", 2, 3, FULL)):
+            found = layer_launches(
+                planes * 512,
+                D_OUT[:slices],
+                config.block_r,
+                config.dtype,
+                "meta",
+                choices=choices,
+                indices=torch.int64,
+                shared=config.shared,
+                **given,
+            )
+            # for one plane and for several: the last are of as many planes as asked for; shrink is the same for all
+            *_, shrink, expand = found
+            if config.op == "shrink" and name != "mixture" and planes == 1:
+                yield name, shrink
+            elif expand.config == config:
+                yield f"{name}-{planes}", expand
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
 
-    def ints(*shape):
-        return empty(*shape, dtype=torch.int32)
-
-    for name, choices, slices in (("plain", 1, 1), ("full", 1, 3), ("mixture", 2, 3)):
-        plain = name == "plain"
-        plan = ints(TOKENS * choices), ints(SLOTS + 1)
-        ranks = None if plain else ints(SLOTS)
-        h = empty(slices, TOKENS, choices, rank)
-        if config.op == "shrink" and name != "mixture":
-            A = [empty(SLOTS, rank, D_IN, dtype=dtype) for _ in range(slices)]
-            yield name, shrink_launch(h, empty(TOKENS, D_IN, dtype=dtype), A, choices, ranks, *plan)
-        elif config.op == "expand":
-            B = [empty(SLOTS, d_out, rank, dtype=dtype) for d_out in D_OUT[:slices]]
-            y = empty(TOKENS, sum(D_OUT[:slices]), dtype=dtype)
-            scale, gates = (None, None) if plain else (empty(SLOTS), empty(TOKENS, choices))
-            yield name, expand_launch(y, h, B, ints(TOKENS, choices), scale, ranks, gates, *plan, not plain)
-
-
-def source(launch: Launch):
-    """What triton's own launcher would compile for these arguments."""
-    signature, constants, attributes = {}, {}, {}
-
-    def describe(path, value, specialize):
-        if isinstance(value, tuple):
-            return tuple(describe((*path, i), item, specialize) for i, item in enumerate(value))
-        if value is None or (specialize and not isinstance(value, torch.Tensor) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor) or (specialize and value % 16 == 0):
-            attributes[path] = [["tt.divisibility", 16]]
-        return _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        else:
-            signature[parameter.name] = describe((i,), value, not parameter.do_not_specialize)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+PLAIN = {"ranks": None, "scale": False, "gates": False, "accumulate": False}
+FULL = {"ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
 
 
 def build(config: Config, name: str, arch: int):
@@ -90,6 +68,7 @@ def build(config: Config, name: str, arch: int):
     launch = dict(launches(config))[name]
     start = time.perf_counter()
     row = {"op": config.op, "variant": name, "dtype": str(config.dtype)[6:], "rank": config.block_r, "arch": arch}
+    row["limit"] = config.shared
     try:
         compiled = triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options(config))
         row |= {"shared": compiled.metadata.shared, **resources(compiled.asm["cubin"])}
@@ -112,24 +91,30 @@ def resources(cubin):
 
 def tasks(subset=False):
     """Every (configuration, variant, architecture); the subset has each kernel, dtype and architecture once."""
-    everything = [(config, name, arch) for config in CONFIGS for name, _ in launches(config) for arch in ARCHITECTURES]
+    everything = [
+        (config, name, arch)
+        for config in CONFIGS
+        for name, _ in launches(config)
+        for arch, shared in ARCHITECTURES.items()
+        if config.shared <= shared
+    ]
     if not subset:
         return everything
-    architecture = {torch.float16: 80, torch.bfloat16: 90, torch.float32: 100}
+    architecture = {torch.float16: 80, torch.bfloat16: 90, torch.float32: 100, torch.int32: 80, torch.int64: 90}
+    largest = {(config.op, config.dtype): config for config in CONFIGS}.values()
+    variants = ("any", "full", f"full-{PLANES[-1]}", f"mixture-{PLANES[-1]}")
     return [
-        (config, name, arch)
-        for config, name, arch in everything
-        if config == select(config.op, config.dtype, 256) and name != "plain" and arch == architecture[config.dtype]
+        row for row in everything if row[0] in largest and row[1] in variants and row[2] == architecture[row[0].dtype]
     ]
 
 
 def report(row):
     """One line of the table, and whether the row is a failure."""
-    head = f"{row['op']:7}{row['variant']:8}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
+    head = f"{row['op']:7}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
     if "error" in row:
         print(f"{head} FAILED  {row['error']}")
         return True
-    failed = row["spills"] > SPILL_LIMIT or row["shared"] > SHARED_LIMIT
+    failed = row["spills"] > SPILL_LIMIT or row["shared"] > row["limit"]
     numbers = f"{row['registers']:5} {row['spills']:6} {row['shared']:8} {row['ms']:8.0f}"
     print(f"{head}{numbers}{'  FAILED: over the limits of configs.py' if failed else ''}", flush=True)
     return failed
@@ -142,7 +127,7 @@ def main(arguments=None):
     arguments = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("unset TRITON_INTERPRET: under it there is nothing to compile")
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':38}  regs spills   shared       ms")
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':40}  regs spills   shared       ms")
     # a fresh cache: what is reported was compiled now
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache

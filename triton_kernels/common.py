@@ -67,6 +67,11 @@ def pair_blocks(num_pairs, num_slots):
     return (by_slot, BLOCK_M) if by_slot < num_pairs else (num_pairs, 1)
 
 
+def row_stride(tensor):
+    """The stride of the first dimension. Where its size is 1 it may be any: the usual one then, for one kernel."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1:].numel()
+
+
 class Launch(NamedTuple):
     """One launch, written down: run by `run`, compiled by aot."""
 

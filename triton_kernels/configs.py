@@ -1,9 +1,9 @@
 """The shipped configurations: one table, read by the launchers and by the ahead-of-time compile.
 
-A row is chosen by op, dtype and r_max alone. Nothing depends on the batch, so a token's sums have one order whatever
-stands beside it. BLOCK_M is 16 throughout: tl.dot then becomes mma.sync on every architecture, never the wgmma with
-register operands that Triton miscompiles on Hopper (triton#9433), and a slot with one token wastes least.
-Shared memory of every row stays below SHARED_LIMIT, so that no device from sm_80 on needs a row of its own.
+A row is chosen by op, dtype, r_max and the device's shared memory alone. Nothing depends on the batch, so a token's
+sums have one order whatever stands beside it. BLOCK_M is 16 throughout: tl.dot then becomes mma.sync on every
+architecture, never the wgmma with register operands that Triton miscompiles on Hopper (triton#9433), and a slot with
+one token wastes least.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,19 @@ import torch
 BLOCK_M = 16
 # bytes of shared memory a block may use on sm_86, sm_89 and sm_120, the smallest of sm_80 and up
 SHARED_LIMIT = 99 * 1024
-# bytes a thread may spill: ptxas gives up a few scalars for occupancy, more is a tile that is too large
+# the same on sm_90 and sm_100
+LARGE_SHARED = 227 * 1024
+# bytes a thread may spill: the aim is 0; two rows that add up 8 planes of h still spill 8
 SPILL_LIMIT = 64
 
 
 @dataclass(frozen=True)
 class Config:
-    """One row: tiles of `block_r` ranks; `block` is the step along d_in (shrink) or the tile along d_out (expand)."""
+    """One row: tiles of up to `block_r` ranks, and `block` elements of d_in (shrink), d_out (expand) or pairs (plan).
+
+    `mixture` is expand where a token has several choices. `shared` is what a device must offer: rows that differ in it
+    alone compute the same bits.
+    """
 
     op: str
     dtype: torch.dtype
@@ -27,22 +33,47 @@ class Config:
     block: int
     num_warps: int
     num_stages: int
+    shared: int = SHARED_LIMIT
 
 
 CONFIGS = tuple(
     Config(op, dtype, *numbers)
     for op, dtypes, rows in (
-        ("shrink", (torch.float16, torch.bfloat16), ((16, 256, 4, 4), (32, 256, 4, 3), (64, 128, 4, 4))),
-        ("shrink", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3))),
+        (
+            "shrink",
+            (torch.float16, torch.bfloat16),
+            (
+                (16, 256, 4, 4),
+                (32, 256, 4, 3),
+                (32, 256, 4, 5, LARGE_SHARED),
+                (64, 128, 4, 4),
+                (64, 128, 4, 6, LARGE_SHARED),
+            ),
+        ),
+        ("shrink", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 3))),
         ("expand", (torch.float16, torch.bfloat16), ((16, 128, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2))),
-        ("expand", (torch.float32,), ((16, 64, 4, 2), (32, 64, 4, 2))),
+        ("expand", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 2))),
+        ("mixture", (torch.float16, torch.bfloat16), ((16, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1))),
+        ("mixture", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 1))),
+        ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )
     for dtype in dtypes
     for numbers in rows
 )
+# the length of a chunk is a multiple of every step along d_in
+_STEP = max(config.block for config in CONFIGS if config.op == "shrink")
+# what expand is compiled for: how many planes of h it adds up
+PLANES = (1, 2, 4, 8)
 
 
-def select(op, dtype, r_max):
+def select(op, dtype, r_max=0, shared=SHARED_LIMIT):
     """The row whose rank tile holds r_max; ranks over the largest tile are walked in several of it."""
-    rows = [config for config in CONFIGS if config.op == op and config.dtype == dtype]
-    return next((config for config in rows if r_max <= config.block_r), rows[-1])
+    rows = [row for row in CONFIGS if row.op == op and row.dtype == dtype and row.shared <= shared]
+    block_r = min((row.block_r for row in rows if r_max <= row.block_r), default=rows[-1].block_r)
+    return max((row for row in rows if row.block_r == block_r), key=lambda row: row.shared)
+
+
+def chunks(d_in):
+    """(number, length) of the chunks in which d_in is summed: up to 8 of at least 512 elements."""
+    number = max(count for count in PLANES if count == 1 or count * 512 <= d_in + 511)
+    return number, -(-d_in // (number * _STEP)) * _STEP

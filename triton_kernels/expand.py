@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import BLOCK_M, BLOCK_S, Launch, find_pairs, load_ranks, pair_blocks, pick, run
-from .configs import select
+from .common import BLOCK_M, BLOCK_S, Launch, find_pairs, load_ranks, pair_blocks, pick, row_stride, run
+from .configs import SHARED_LIMIT, select
 
 # up to this many tokens a program of a mixture takes one token only, to fill the device
 SINGLE_TOKENS = 64
@@ -54,6 +54,41 @@ def round_tf32(b_h):
 
 
 @triton.jit
+def expand_ranks(
+    b_sum,
+    p_h,
+    m_t,
+    p_b,
+    m_n,
+    rank,
+    r_max,
+    plane,
+    PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    RANKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """b_sum + B[:, :rank] @ h[:rank] for a rank <= RANKS; h is the sum of the planes, in their order."""
+    o_r = tl.arange(0, RANKS)
+    m_r = o_r < rank
+    # loads end at a multiple of 8 ranks, as vectors need; what lies beyond the rank is dropped, whatever it holds
+    m_load = o_r < tl.minimum(tl.cdiv(rank, 8) * 8, r_max)
+    # [BLOCK_M, RANKS], [RANKS, BLOCK_N]
+    p_h = p_h[:, None] + o_r[None, :]
+    b_b = tl.load(p_b[None, :] + o_r[:, None], mask=m_load[:, None] & m_n[None, :], other=0.0)
+    b_h = tl.zeros([BLOCK_M, RANKS], dtype=tl.float32)
+    for _ in tl.static_range(PLANES):
+        b_h += tl.load(p_h, mask=m_t[:, None] & m_load[None, :], other=0.0)
+        p_h += plane
+    # h stays float32 (it may pass float16's range); float16 and bfloat16 weights are exact in tf32
+    b_h = tl.where(m_r[None, :], b_h, 0.0)
+    b_b = tl.where(m_r[:, None], b_b, 0.0).to(tl.float32)
+    if PRECISION == "tf32":
+        b_h = round_tf32(b_h)
+    return tl.dot(b_h, b_b, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
 def expand_tile(
     p_h,
     m_t,
@@ -61,30 +96,47 @@ def expand_tile(
     m_n,
     rank,
     r_max,
+    plane,
+    PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """B[:, :rank] @ h[:rank] for rows at p_h (BLOCK_M,) and weights at p_b (BLOCK_N,): (BLOCK_M, BLOCK_N) float32."""
-    # loads end at a multiple of 8 ranks, as vectors need; what lies beyond the rank is dropped, whatever it holds
-    stop = tl.minimum(tl.cdiv(rank, 8) * 8, r_max)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for o in range(0, rank, BLOCK_R):
-        o_r = o + tl.arange(0, BLOCK_R)
-        # [BLOCK_M, BLOCK_R], [BLOCK_R, BLOCK_N]
-        b_h = tl.load(p_h[:, None] + o_r[None, :], mask=m_t[:, None] & (o_r < stop)[None, :], other=0.0)
-        b_b = tl.load(p_b[None, :] + o_r[:, None], mask=(o_r < stop)[:, None] & m_n[None, :], other=0.0)
-        # h stays float32 (it may pass float16's range); float16 and bfloat16 weights are exact in tf32
-        b_h = tl.where((o_r < rank)[None, :], b_h, 0.0)
-        b_b = tl.where((o_r < rank)[:, None], b_b, 0.0).to(tl.float32)
-        if PRECISION == "tf32":
-            b_h = round_tf32(b_h)
-        b_sum = tl.dot(b_h, b_b, b_sum, input_precision=PRECISION)
+    # whole tiles while more than half of one is left, then one of the smallest size that holds the rest
+    # r_max, as a number of run time: where it is 1 Triton makes it a constant, which no loop can change
+    width = tl.maximum(rank, r_max)
+    for _ in range(0, rank - BLOCK_R // 2, BLOCK_R):
+        b_sum = expand_ranks(
+            b_sum, p_h, m_t, p_b, m_n, tl.minimum(rank, BLOCK_R), width, plane, PLANES, BLOCK_M, BLOCK_R, PRECISION
+        )
+        p_h += BLOCK_R
+        p_b += BLOCK_R
+        rank -= BLOCK_R
+        width -= BLOCK_R
+    if BLOCK_R >= 64:  # noqa: SIM102, the one is known to the compiler, the other to the device
+        if rank > 16:
+            b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 32, PRECISION)
+    if (rank > 0) & (rank <= 16):
+        b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 16, PRECISION)
     return b_sum
 
 
-@triton.jit(do_not_specialize=["step", "num_tokens", "num_slots", "choices"])
+@triton.jit(
+    do_not_specialize=[
+        "step",
+        "num_tokens",
+        "num_slots",
+        "choices",
+        "stride_it",
+        "stride_ik",
+        "stride_gt",
+        "stride_gk",
+    ],
+    do_not_specialize_on_alignment=["p_order", "p_starts", "p_indices", "p_ranks", "p_scale", "p_gates"],
+)
 def expand_kernel(
     p_y,
     p_h,
@@ -110,6 +162,7 @@ def expand_kernel(
     stride_gt,
     stride_gk,
     SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
     MIXTURE: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -143,6 +196,7 @@ def expand_kernel(
         b_y = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     # [BLOCK_M]
     p_h = p_h + (tl.cast(i_s, tl.int64) * num_tokens + b_t) * choices * r_max
+    plane = tl.cast(num_tokens, tl.int64) * SLICES * choices * r_max
 
     if MIXTURE:
         m_used = tl.zeros([BLOCK_M], dtype=tl.int1)
@@ -158,7 +212,9 @@ def expand_kernel(
                 m_k = b_slot == slot
                 rank = tl.max(tl.where(m_k, b_rank, 0), axis=0)
                 p_s = p_b + slot.to(tl.int64) * stride_bs
-                b_term = expand_tile(p_h, m_k, p_s, m_n, rank, r_max, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
+                b_term = expand_tile(
+                    p_h, m_k, p_s, m_n, rank, r_max, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
+                )
                 b_factor = b_gate * load_scale(p_scale, slot, num_slots)
                 b_y = tl.where(m_k[:, None], b_y + b_factor[:, None] * b_term, b_y)
                 b_slot = tl.where(m_k, num_slots, b_slot)
@@ -167,18 +223,21 @@ def expand_kernel(
         m_t = m_used
     else:
         p_s = p_b + slot.to(tl.int64) * stride_bs
-        b_term = expand_tile(p_h, m_t, p_s, m_n, rank, r_max, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
+        b_term = expand_tile(p_h, m_t, p_s, m_n, rank, r_max, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
         b_factor = load_gates(p_gates, b_t * stride_gt, m_t, BLOCK_M) * load_scale(p_scale, slot, num_slots)
         b_y += b_factor[:, None] * b_term
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])
 
 
-def expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumulate):
-    """The launch that fills y (T, sum of d_out); order and starts only matter where indices is (T, 1)."""
+def expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumulate, shared=SHARED_LIMIT):
+    """The launch that fills y (T, sum of d_out); order and starts only matter where indices is (T, 1).
+
+    h is (planes, slices, T, choices, r_max).
+    """
     num_tokens, choices = indices.shape
     num_slots, _, r_max = B[0].shape
-    config = select("expand", B[0].dtype, r_max)
     mixture = choices > 1
+    config = select("mixture" if mixture else "expand", B[0].dtype, r_max, shared)
     if mixture:
         step = 1 if num_tokens <= SINGLE_TOKENS else BLOCK_M
         blocks, order, starts = triton.cdiv(num_tokens, step), None, None
@@ -200,15 +259,16 @@ def expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumula
         "choices": choices,
         "d_out": tuple(b.shape[1] for b in B),
         "r_max": r_max,
-        "stride_yt": y.stride(0),
+        "stride_yt": row_stride(y),
         "stride_yn": y.stride(1),
-        "stride_bs": tuple(b.stride(0) for b in B),
+        "stride_bs": tuple(row_stride(b) for b in B),
         "stride_bn": tuple(b.stride(1) for b in B),
         "stride_it": indices.stride(0) if mixture else 0,
         "stride_ik": indices.stride(1) if mixture else 0,
         "stride_gt": gates.stride(0) if gates is not None else 0,
         "stride_gk": gates.stride(1) if gates is not None else 0,
         "SLICES": len(B),
+        "PLANES": h.shape[0],
         "MIXTURE": mixture,
         "ACCUMULATE": accumulate,
         "BLOCK_M": BLOCK_M,
@@ -221,6 +281,6 @@ def expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumula
     return Launch(expand_kernel, (blocks, tiles, 1), arguments, config)
 
 
-def expand(y, h, B, indices, scale, ranks, gates, order, starts, accumulate):
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, accumulate, shared=SHARED_LIMIT):
     """y[t] (+)= sum_k gates[t, k] * scale[i] * B_s[i, :, :r] @ h[s, t, k, :r], one rounding; other rows untouched."""
-    run(expand_launch(y, h, B, indices, scale, ranks, gates, order, starts, accumulate), y.device)
+    run(expand_launch(y, h[None], B, indices, scale, ranks, gates, order, starts, accumulate, shared), y.device)

@@ -1,6 +1,7 @@
 """The backends, and the one place that picks among them.
 
-Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward``, the functions that it implements.
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup``, the functions that
+it implements.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 

@@ -1,10 +1,11 @@
 """The Triton backend: any GPU from sm_80 on, or CPU tensors in Triton's interpreter (for tests)."""
 
+import functools
 from importlib.util import find_spec
 
 import torch
 
-from lorakern.backends.reference import plan as plan  # plain torch, without waiting for the device
+from lorakern.backends import reference
 from lorakern.errors import LorakernError
 
 NAME = "triton"
@@ -20,12 +21,20 @@ def missing():
     return None
 
 
+def plan(indices, num_slots):
+    """order (T*K,) and starts (num_slots + 1,) in one launch; by plain torch where that is too many to count."""
+    kernels = _kernels()
+    if kernels.countable(indices.numel(), num_slots) and (indices.is_cuda or kernels.INTERPRET):
+        return kernels.plan(indices, num_slots)
+    return reference.plan(indices, num_slots)
+
+
 def shrink(h, x, A, indices, ranks, order, starts):
     """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
     _check(x)
     if order is None:
         order, starts = plan(indices, A[0].shape[0])
-    _kernels().shrink(h, x, A, indices.shape[1], ranks, order, starts)
+    _kernels().shrink(h, x, A, indices.shape[1], ranks, order, starts, _shared(x.device))
 
 
 def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
@@ -34,17 +43,31 @@ def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accum
     if order is None and indices.shape[1] == 1:
         order, starts = plan(indices, B[0].shape[0])
     columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
-    _kernels().expand(columns, h, B, indices, scale, ranks, gates, order, starts, accumulate)
+    _kernels().expand(columns, h, B, indices, scale, ranks, gates, order, starts, accumulate, _shared(y.device))
 
 
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    """expand(y, shrink(x)) in two launches."""
+    """expand(y, shrink(x)), bit for bit, in two launches; one more where there is no plan."""
     _check(x)
     if order is None:
         order, starts = plan(indices, A[0].shape[0])
-    h = torch.empty(len(A), *indices.shape, A[0].shape[1], dtype=torch.float32, device=x.device)
-    shrink(h, x, A, indices, ranks, order, starts)
-    expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+    _kernels().bgmv(columns, x, A, B, indices, scale, ranks, gates, order, starts, accumulate, _shared(x.device))
+
+
+def warmup(layers, dtype, device, **options):
+    """Compile and load what bgmv launches for these layers; the number of kernels."""
+    if device.type != "cuda" and not _kernels().INTERPRET:
+        raise LorakernError(f"the triton backend takes CUDA devices unless TRITON_INTERPRET=1; got {device}")
+    return _kernels().warmup(layers, dtype, device, shared=_shared(device), **options)
+
+
+@functools.cache
+def _shared(device):
+    """Bytes of shared memory that a block may use on the device."""
+    if device.type != "cuda":
+        return _kernels().SHARED_LIMIT
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _kernels():
