@@ -91,7 +91,7 @@ class Target:
 SUITES: dict[str, list[Case]] = {}
 SWEEPS: list[Sweep] = []
 TARGETS: list[Target] = []
-QUICK: set[Case] = set()
+QUICK: set[tuple[str, Case]] = set()  # (device, case) of what --quick measures
 # A case that is timed in turn with another, so that drift hits both: case -> (label, the other case, who runs it:
 # a rival, or lorakern if None).
 COMPANIONS: dict[Case, tuple[str, Case, str | None]] = {}
@@ -106,13 +106,13 @@ def add(suite: str, *cases: Case, quick: bool = False) -> None:
     known = SUITES.setdefault(suite, [])
     known += [case for case in dict.fromkeys(cases) if case not in known]
     if quick:
-        QUICK.update(cases)
+        QUICK.update((device_of(suite), case) for case in cases)
 
 
 def sweep(suite: str, title: str, axis: str, points: dict[object, Case], quick: tuple = ()) -> None:
     """Register cases and the line through them; `quick` lists the points that --quick measures too."""
     add(suite, *points.values())
-    QUICK.update(points[point] for point in quick)
+    QUICK.update((device_of(suite), points[point]) for point in quick)
     SWEEPS.append(Sweep(title, axis, tuple(points.items()), device_of(suite)))
 
 
@@ -141,4 +141,4 @@ def select(
     """
     suites = suites or [suite for suite in SUITES if device_of(suite) == device]
     cases = dict.fromkeys(case for suite in suites for case in SUITES[suite])
-    return [case for case in cases if (not quick or case in QUICK) and (only is None or only in case.name)]
+    return [case for case in cases if (not quick or (device, case) in QUICK) and (only is None or only in case.name)]

@@ -236,6 +236,13 @@ def test_absent_packages_and_large_temporaries_are_notes(monkeypatch):
     assert "gathers" in measured(TINY)["runs"]["gather + einsum"]["note"]
 
 
+def test_quick_is_of_one_device():
+    for device in ("cpu", "cuda"):
+        quick = set(registry.select(quick=True, device=device))
+        assert {t.case for t in registry.TARGETS if t.judged and t.device == device} <= quick
+        assert {(device, case) for case in quick} <= registry.QUICK
+
+
 def test_functions_take_turns_and_slow_ones_get_fewer_samples():
     order = []
     timed = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, Effort(1e-9, 3, 5))

@@ -9,7 +9,6 @@ namespace lorakern::cpu {
 namespace {
 
 constexpr int64_t kGroupTokens = 256, kLeastGroupTokens = 64;  // enough to repay the packing of weights
-constexpr int64_t kUnitsPerThread = 4;
 
 int64_t h_size(const LoraParams& p) { return p.num_slices * p.num_tokens * p.num_choices * p.r_max; }
 

@@ -96,11 +96,11 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
   threads = threads_for(p, p.d_in + columns_of(p), threads);
 
   std::vector<Pairs> groups;
-  make_groups(p, std::clamp<int64_t>(pairs / (4 * threads), 16, 128), groups);
+  make_groups(p, std::clamp<int64_t>(pairs / (kUnitsPerThread * threads), 16, 128), groups);
   parallel_for(threads, static_cast<int64_t>(groups.size()), [&](int64_t i) {
     for (int s = 0; s < p.num_slices; ++s) {
       variant.shrink(p, {s, groups[i], 0, rank_of(p, groups[i].slot)});
-      variant.back(g, {s, groups[i]}, unit_scratch(variant.back_scratch(p)));
+      variant.back(g, {s, groups[i]}, unit_scratch(variant.back_scratch()));
     }
     apply_factors(g, groups[i], dots);
   });

@@ -34,7 +34,7 @@ void add_panels(int m, int vecs, const typename Outer<T>::Cell* const* left, int
 }
 
 template <typename T>
-int64_t back_scratch(const LoraParams&) {
+int64_t back_scratch() {
   return cells_of<T>(kDepth) * kPanelColumns + (kDepth + 1) * kTileTokens;
 }
 

@@ -10,6 +10,8 @@
 
 namespace lorakern::cpu {
 
+constexpr int64_t kUnitsPerThread = 4;  // enough for threads that take the next unit to finish together
+
 const Variant& variant_for(Dtype dtype);
 
 // Scratch of one unit of work, of whichever thread runs it.
@@ -49,7 +51,6 @@ inline const uint8_t* served_tokens(const LoraParams& p, const std::vector<Pairs
 // group, and as many columns as the sums of all tokens leave room for; else a group each.
 inline void split_expand(const ExpandJob& job, int64_t columns, int64_t panel, int threads,
                          const std::vector<Pairs>& groups, std::vector<ExpandUnit>& units) {
-  constexpr int64_t kUnitsPerThread = 4;
   const LoraParams& p = *job.params;
   const int64_t tokens = p.num_tokens, num_groups = static_cast<int64_t>(groups.size());
   if (num_groups == 0) return;

@@ -62,7 +62,7 @@ struct Variant {
   void (*shrink)(const LoraParams&, const ShrinkUnit&);
   int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
   void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
-  int64_t (*back_scratch)(const LoraParams&);
+  int64_t (*back_scratch)();
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
   int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
