@@ -1,7 +1,4 @@
 // What the CUDA kernels take beyond lorakern.h, and their host entry points. No CUDA header is needed to include this.
-//
-// The CUDA bgmv follows `indices` token by token instead of a plan: a block that knows its token needs no search, and a
-// plan that does not fit the indices can then never send a kernel outside its arrays.
 #pragma once
 #include "../lorakern.h"
 
@@ -12,17 +9,8 @@ struct IntArray {  // int32 or int64, as the caller has it: converting would cos
   bool wide;  // int64
 };
 
-struct BgmvParams {
-  Dtype dtype;  // of x, A, B and y
-  int64_t num_tokens, num_choices, num_slots, r_max, d_in;
-  int num_slices;
-  const void* x;
-  int64_t x_stride;
-  Weight A[kMaxSlices];
-  Weight B[kMaxSlices];
-  void* y;  // at the first column to fill
-  int64_t y_stride;
-  float* h;          // scratch, (slices, T * K, r_max)
+struct Routing {  // which adapter serves which pair, and how strongly
+  int64_t num_tokens, num_choices, num_slots, r_max;
   IntArray indices;  // (T, K); outside 0 .. num_slots - 1: no adapter
   int64_t indices_token_stride, indices_choice_stride;
   const float* scale;  // (slots) or null for 1
@@ -31,13 +19,54 @@ struct BgmvParams {
   int64_t ranks_stride;
   const float* gates;  // (T, K) or null for 1
   int64_t gates_token_stride, gates_choice_stride;
+  // A plan of these indices, or null where no kernel of the call needs one. A kernel reads order only between starts, and
+  // clamps what it finds there: a plan of other indices gives wrong sums, never an access outside of the arrays.
+  Plan plan;
+};
+
+struct BgmvParams {
+  Dtype dtype;  // of x, A, B and y
+  Routing routing;
+  int64_t d_in;
+  int num_slices;
+  const void* x;
+  int64_t x_stride;
+  Weight A[kMaxSlices];
+  Weight B[kMaxSlices];
+  void* y;  // at the first column to fill
+  int64_t y_stride;
+  float* h;  // (planes, slices, T * K, r_max): what shrink writes and expand reads; their sum is A x
+  int num_planes;
   bool accumulate;  // y += or y =, for tokens that have an adapter
 };
 
+struct BackwardParams {  // gradients of y = delta(x): any output may be null. Outputs are contiguous
+  Dtype dtype;
+  Routing routing;
+  int64_t d_in;
+  int num_slices;
+  const void* x;
+  int64_t x_stride;
+  const void* dy;  // (T, sum of d_out)
+  int64_t dy_stride;
+  Weight A[kMaxSlices];
+  Weight B[kMaxSlices];
+  const float* h;        // (slices, T * K, r_max): A x, one plane
+  float* dh;             // (slices, T * K, r_max): scratch for B^T dy
+  void* dx;              // (T, d_in), added to where `add_dx`
+  bool add_dx;           // slices beyond kMaxSlices come in further calls
+  void* dA[kMaxSlices];  // (slots, r_max, d_in)
+  void* dB[kMaxSlices];  // (slots, d_out, r_max)
+  float* dscale;         // (slots), added to
+  float* dgates;         // (T, K), added to
+};
+
 // Each returns null, or what CUDA has to say against it (a string that lives forever). `stream` is a cudaStream_t.
-// bgmv and preload make `device` current in the calling thread and leave it so. This library links its own copy of the
+// Those that take a device make it current in the calling thread and leave it so. This library links its own copy of the
 // CUDA runtime: whoever uses another one restores the device there.
 const char* bgmv(const BgmvParams& params, int device, void* stream);
+const char* backward(const BackwardParams& params, int device, void* stream);
+const char* plan(const Routing& routing, int32_t* order, int32_t* starts, int device, void* stream);
 const char* preload(int device);  // loads every kernel now: the first launch may be inside a graph capture
 const char* problem();            // why no kernel can run here (the driver, the devices), without creating a context
 
