@@ -11,7 +11,7 @@
 #include <ptx.cuh>
 
 #include "common.cuh"
-#include "tile.cuh"
+#include "product.cuh"
 
 namespace lorakern::cuda {
 namespace {

@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(kThreads)
     place(const __grid_constant__ Routing r, int32_t* order, int32_t* starts, int64_t keys_per_block) {
   __shared__ int counts[kMaxKeys][kWarps + 1];  // of a key in a warp's part; then where the warp places the next one
   __shared__ int smaller;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int64_t pairs = r.num_tokens * r.num_choices;
   const int64_t part = (pairs + kWarps - 1) / kWarps, begin = min(warp * part, pairs), end = min(begin + part, pairs);
   for (int64_t first = blockIdx.x * keys_per_block; first <= r.num_slots; first += gridDim.x * keys_per_block) {
     const int keys = static_cast<int>(min(keys_per_block, r.num_slots + 1 - first));
-    for (int i = threadIdx.x; i < kMaxKeys * (kWarps + 1); i += kThreads) counts[0][i] = 0;
-    if (threadIdx.x == 0) smaller = 0;
+    for (int i = thread; i < kMaxKeys * (kWarps + 1); i += kThreads) counts[i / (kWarps + 1)][i % (kWarps + 1)] = 0;
+    if (thread == 0) smaller = 0;
     __syncthreads();
     int less = scan(r, begin, end, first, keys, [&](int key, uint32_t lanes, int64_t) {
       if (lane == 0) counts[key][warp] += __popc(lanes);
@@ -63,17 +63,17 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) atomicAdd(&smaller, less);
     __syncthreads();
     // counts[key][kWarps] = all of the key; then every count becomes the sum of those before it.
-    if (threadIdx.x < keys) {
-      for (int w = 0; w < kWarps; ++w) counts[threadIdx.x][kWarps] += counts[threadIdx.x][w];
+    if (thread < keys) {
+      for (int w = 0; w < kWarps; ++w) counts[thread][kWarps] += counts[thread][w];
     }
     __syncthreads();
-    if (threadIdx.x < keys) {
+    if (thread < keys) {
       int position = smaller;
-      for (int key = 0; key < threadIdx.x; ++key) position += counts[key][kWarps];
-      starts[first + threadIdx.x] = position;
+      for (int key = 0; key < thread; ++key) position += counts[key][kWarps];
+      starts[first + thread] = position;
       for (int w = 0; w < kWarps; ++w) {
-        const int count = counts[threadIdx.x][w];
-        counts[threadIdx.x][w] = position;
+        const int count = counts[thread][w];
+        counts[thread][w] = position;
         position += count;
       }
     }

@@ -4,12 +4,12 @@ It follows `indices` itself and has no use for a plan. Whatever CUDA objects to 
 an earlier fault) is raised as RuntimeError.
 """
 
+import contextlib
 import functools
 import importlib
 
 import torch
 
-from lorakern.backends.reference import plan as plan  # plain torch, without waiting for the device
 from lorakern.errors import LorakernError
 
 NAME = "cuda"
@@ -35,6 +35,20 @@ def missing():
     if newest < _OLDEST:
         return "device sm_{}{} is older than sm_{}{}".format(*newest, *_OLDEST)
     return None
+
+
+def plan(indices, num_slots):
+    order = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
+    starts = torch.empty(num_slots + 1, dtype=torch.int32, device=indices.device)
+    with _on_device(indices) as (module, place):
+        module.plan(
+            **place,
+            sizes=(*indices.shape, num_slots, 0, 0),
+            indices=_indices(indices),
+            order=order.data_ptr(),
+            starts=starts.data_ptr(),
+        )
+    return order, starts
 
 
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
@@ -74,6 +88,96 @@ def _launch(y, x, A, B, indices, scale, ranks, gates, accumulate):
                 accumulate=accumulate,
             )
             column += sum(b.shape[1] for b in B[some])
+
+
+def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
+    """Gradients by x, every A, every B, scale and gates (the last two None where the input is None)."""
+    _check_dtype("backward", x)
+    dy, x = _rows(dy), _rows(x)
+    (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
+    if order is None:
+        order, starts = plan(indices, slots)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=x.device)
+
+    dx = empty(tokens, d_in, dtype=x.dtype)
+    dA, dB = ([empty(w.shape, dtype=w.dtype) for w in weights] for weights in (A, B))
+    dscale = None if scale is None else empty(slots)
+    dgates = None if gates is None else empty(tokens, choices)
+    with _on_device(x) as (module, place):
+        calls = [slice(i, i + module.MAX_SLICES) for i in range(0, len(A), module.MAX_SLICES)]
+        planes = _back_planes(max(b.shape[1] for b in B))
+        factors = min(len(A), module.MAX_SLICES) * tokens * choices * r_max
+        h, dh, dots = empty(factors), empty(planes * factors), empty(tokens * choices)
+        dx_sum = empty(tokens, d_in) if len(calls) > 1 else None
+        column = 0
+        for some in calls:
+            _shrink(h, x, A[some], indices, ranks, order, starts)
+            module.backward(
+                **place,
+                dtype=_DTYPES[x.dtype],
+                sizes=(tokens, choices, slots, r_max, d_in),
+                dy=(dy.data_ptr() + column * dy.element_size(), dy.stride(0)),
+                x=(x.data_ptr(), x.stride(0)),
+                A=[_weight(a) for a in A[some]],
+                B=[_weight(b) for b in B[some]],
+                h=h.data_ptr(),
+                dh=dh.data_ptr(),
+                num_planes=planes,
+                dots=dots.data_ptr(),
+                dx_sum=_address(dx_sum),
+                dx=dx.data_ptr(),
+                dA=[_address(d) for d in dA[some]],
+                dB=[_address(d) for d in dB[some]],
+                dscale=_address(dscale),
+                dgates=_address(dgates),
+                **_routing(indices, scale, ranks, gates, order, starts),
+                first_call=some is calls[0],
+                last_call=some is calls[-1],
+            )
+            column += sum(b.shape[1] for b in B[some])
+    return dx, dA, dB, dscale, dgates
+
+
+def _back_planes(columns):
+    """Into how many parts, each of a block, the sum over d_out is cut: by the weights alone, or bits would follow T."""
+    return min(4, max(1, -(-columns // 1024)))
+
+
+def _shrink(h, x, A, indices, ranks, order, starts):
+    raise NotImplementedError
+
+
+def _check_dtype(op, x):
+    if x.dtype not in _DTYPES:
+        raise LorakernError(f"{op}: x must be float16, bfloat16 or float32 on the CUDA backend; got {x.dtype}")
+
+
+@contextlib.contextmanager
+def _on_device(tensor):
+    """The module, and the device and stream to give it; torch's current device comes back afterwards."""
+    with torch.cuda.device(tensor.device):
+        device = tensor.get_device()
+        yield _preloaded(device), {"device": device, "stream": torch.cuda.current_stream().cuda_stream}
+
+
+def _routing(indices, scale, ranks, gates, order, starts):
+    return {
+        "indices": _indices(indices),
+        "scale": (0, 0) if scale is None else _pointer(scale),
+        "ranks": (0, 0, False) if ranks is None else (*_pointer(ranks), ranks.dtype == torch.int64),
+        "gates": (0, 0, 0) if gates is None else _pointer(gates),
+        "plan": (_address(order), _address(starts)),
+    }
+
+
+def _indices(indices):
+    return *_pointer(indices), indices.dtype == torch.int64
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(matrix):
