@@ -20,7 +20,7 @@ using StridedIntegers = std::tuple<uintptr_t, int64_t, bool>;
 using Pairs = std::tuple<uintptr_t, int64_t, int64_t>;  // token stride, choice stride
 using PairIntegers = std::tuple<uintptr_t, int64_t, int64_t, bool>;
 using Weights = std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>;  // slot stride, row stride, rows
-using Plans = std::tuple<uintptr_t, uintptr_t>;  // order, starts
+using Plans = std::tuple<uintptr_t, uintptr_t>;                                 // order, starts
 // tokens, choices, slots, r_max, d_in
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
@@ -92,7 +92,8 @@ void backward(int device, uintptr_t stream, int dtype, const Sizes& sizes, const
               uintptr_t dscale, uintptr_t dgates, const PairIntegers& indices, const Strided& scale,
               const StridedIntegers& ranks, const Pairs& gates, const Plans& plan, bool first_call, bool last_call) {
   if (dA.size() != A.size() || dB.size() != B.size()) throw std::invalid_argument("dA, dB: slices");
-  auto p = params_of<cuda::BackwardParams>(dtype, sizes, x, A, B, routing_of(sizes, indices, scale, ranks, gates, plan));
+  auto p =
+      params_of<cuda::BackwardParams>(dtype, sizes, x, A, B, routing_of(sizes, indices, scale, ranks, gates, plan));
   p.dy = pointer<const void>(std::get<0>(dy));
   p.dy_stride = std::get<1>(dy);
   p.h = pointer<float>(h);

@@ -8,142 +8,16 @@
 //
 // Every sum has one order: no atomics. That of dx and dgates is set by the shapes of one token alone; those of dA, dB
 // and dscale follow the plan. Blocks loop over what does not fit a grid.
-#include <ptx.cuh>
-
-#include "common.cuh"
-#include "product.cuh"
+#include "gradients.cuh"
 
 namespace lorakern::cuda {
 namespace {
 
-constexpr int kPairs = 64;   // of one slot, in a block of back
-constexpr int kDepth = 64;   // of the tiles of back and outer: parts of d_out, pairs
-constexpr int kTokens = 32;  // in a block of inputs: one per lane
-constexpr int kRankDepth = 32;
-constexpr int kInputColumns = 128;
-constexpr int kOuterColumns = 64;
+constexpr int64_t kMaxGrid = 2147483647;
+// More than run at once anywhere, and few enough that the tiles of unused slots cost no block each.
+constexpr int64_t kOuterGrid = 4096;
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-__host__ __device__ int64_t pairs_of(const Routing& r) { return r.num_tokens * r.num_choices; }
-
-// Takes the coordinates of a block out of its number, the fastest first.
-struct Coordinates {
-  int64_t rest;
-
-  __device__ int64_t next(int64_t size) {
-    const int64_t coordinate = rest % size;
-    rest /= size;
-    return coordinate;
-  }
-};
-
-// Whatever a plan holds, what it leads to is inside of the arrays.
-__device__ int start_of(const Routing& r, int64_t slot) {
-  return static_cast<int>(max(int64_t{0}, min(int64_t{r.plan.starts[slot]}, pairs_of(r))));
-}
-
-__device__ int pair_at(const Routing& r, int64_t position) {
-  return static_cast<int>(max(int64_t{0}, min(int64_t{r.plan.order[position]}, pairs_of(r) - 1)));
-}
-
-__device__ int token_of(const Routing& r, int pair) {
-  return static_cast<int>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(r.num_choices));
-}
-
-template <typename T>
-__device__ const T* row_of(const Weight& weight, int64_t slot, int64_t row) {
-  return static_cast<const T*>(weight.data) + slot * weight.slot_stride + row * weight.row_stride;
-}
-
-template <typename T>
-__device__ const T* row_of(const void* matrix, int64_t stride, int64_t row) {
-  return static_cast<const T*>(matrix) + row * stride;
-}
-
-__device__ int64_t slice_column(const BackwardParams& p, int slice) {  // where it begins in dy
-  int64_t column = 0;
-  for (int before = 0; before < slice; ++before) column += p.B[before].rows;
-  return column;
-}
-
-// The factors of a pair in h or dh, and in a plane of dh.
-__device__ float* factors_of(const BackwardParams& p, float* factors, int slice, int64_t pair, int64_t plane = 0) {
-  return factors + ((plane * p.num_slices + slice) * pairs_of(p.routing) + pair) * p.routing.r_max;
-}
-
-struct PairTile {
-  int slot, first, count;  // pairs order[first] .. order[first + count - 1]
-};
-
-int64_t num_pair_tiles(const Routing& r) { return pairs_of(r) / kPairs + r.num_slots; }
-
-// Slot i owns the tiles from starts[i] / kPairs + i on: room enough for all its pairs, found without counting the
-// others'.
-__device__ PairTile pair_tile(const Routing& r, int64_t tile) {
-  int64_t slot = 0, end = r.num_slots;
-  while (end - slot > 1) {
-    const int64_t middle = (slot + end) / 2;
-    (start_of(r, middle) / kPairs + middle <= tile ? slot : end) = middle;
-  }
-  const int start = start_of(r, slot);
-  const int64_t first = start + (tile - start / kPairs - slot) * kPairs;
-  const int64_t count = first < start ? 0 : min(int64_t{kPairs}, start_of(r, slot + 1) - first);
-  return {static_cast<int>(slot), static_cast<int>(first), static_cast<int>(count)};
-}
-
-template <typename T, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ BackwardParams p, int64_t blocks) {
-  using Tiles = Product<T, kPairs, kRanks, kDepth, false>;
-  __shared__ typename Tiles::Shared shared;
-  __shared__ int tokens[kPairs];
-  const Routing& r = p.routing;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    Coordinates at{block};
-    const int64_t first_rank = at.next(ceil_div(r.r_max, kRanks)) * kRanks, plane = at.next(p.num_planes);
-    const int slice = static_cast<int>(at.next(p.num_slices));
-    const PairTile tile = pair_tile(r, at.rest);
-    const Weight& weight = p.B[slice];
-    const int rank = rank_of(r, tile.slot);
-    const int64_t length = ceil_div(ceil_div(weight.rows, p.num_planes), kDepth) * kDepth;
-    const int64_t begin = plane * length, end = min(begin + length, weight.rows);
-    if (tile.count <= 0 || first_rank >= rank) continue;
-
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kPairs) tokens[thread] = thread < tile.count ? token_of(r, pair_at(r, tile.first + thread)) : -1;
-    __syncthreads();
-    const T* dy = static_cast<const T*>(p.dy) + slice_column(p, slice);
-    typename Tiles::Left left;
-    Transfer<T, kDepth, kRanks> right;
-    const auto load = [&](int64_t depth) {
-      left.load([&](int row) { return tokens[row] < 0 ? nullptr : dy + tokens[row] * p.dy_stride; }, depth, end);
-      right.load([&](int row) { return depth + row < end ? row_of<T>(weight, tile.slot, depth + row) : nullptr; },
-                 first_rank, rank);
-    };
-    Tiles product;
-    load(begin);
-    for (int64_t depth = begin; depth < end; depth += kDepth) {
-      left.template store<Tiles::kLeftStride>(shared.left);
-      right.template store<Tiles::kRightStride>(shared.right);
-      __syncthreads();
-      load(depth + kDepth);
-      product.add(shared, static_cast<int>(min(end - depth, int64_t{kDepth})));
-      __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (Tiles::row(i) >= tile.count) continue;
-      float* dh = factors_of(p, p.dh, slice, pair_at(r, tile.first + Tiles::row(i)), plane);
-#pragma unroll
-      for (int j = 0; j < Tiles::kColumnsPerLane; ++j) {
-        const int64_t column = first_rank + Tiles::column(j);
-        if (column < rank) dh[column] = product.at(i, j);
-      }
-    }
-    __syncthreads();  // before the next round overwrites tokens
-  }
-}
-
+// dh from its planes, dots and dgates of a pair; h and dh become factors of dB, dA and dx.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ BackwardParams p) {
   const Routing& r = p.routing;
@@ -172,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Backw
   }
 }
 
-// In double: terms cancel.
+// dscale of a slot, in double: terms cancel.
 __global__ void __launch_bounds__(kThreads) scales(const __grid_constant__ BackwardParams p) {
   __shared__ double warp_sums[kWarps];
   const Routing& r = p.routing;
@@ -194,164 +68,11 @@ __global__ void __launch_bounds__(kThreads) scales(const __grid_constant__ Backw
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ BackwardParams p, int64_t blocks) {
-  using Tiles = Product<T, kTokens, kInputColumns, kRankDepth, false>;
-  __shared__ typename Tiles::Shared shared;
-  __shared__ int tokens[kTokens];
-  const Routing& r = p.routing;
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    Coordinates at{block};
-    const int64_t first_column = at.next(ceil_div(p.d_in, kInputColumns)) * kInputColumns;
-    const int64_t position = at.rest * kTokens + lane;
-    // In the plan's order few slots meet in a block.
-    const int token = position >= r.num_tokens ? -1
-                      : r.num_choices == 1     ? pair_at(r, position)
-                                               : static_cast<int>(position);
-    if (threadIdx.x < kTokens) tokens[lane] = token;
-    __syncthreads();
-
-    Tiles product;
-    if (!p.first_call) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < Tiles::kColumnsPerLane; ++j) {
-          const int64_t column = first_column + Tiles::column(j);
-          if (tokens[Tiles::row(i)] >= 0 && column < p.d_in)
-            product.at(i, j) = p.dx_sum[tokens[Tiles::row(i)] * p.d_in + column];
-        }
-      }
-    }
-    for (int64_t choice = 0; choice < r.num_choices; ++choice) {
-      const int own_slot = token < 0 ? -1 : slot_of(r, token * r.num_choices + choice);
-      // Every warp goes through the slots of the block's tokens alike: its lane l looks at token l.
-      for (uint32_t waiting = __ballot_sync(0xffffffffu, own_slot >= 0); waiting != 0;) {
-        const int slot = __shfl_sync(0xffffffffu, own_slot, __ffs(waiting) - 1);
-        const uint32_t served = __ballot_sync(0xffffffffu, own_slot == slot);
-        waiting &= ~served;
-        const int rank = rank_of(r, slot);
-        for (int slice = 0; slice < p.num_slices; ++slice) {
-          for (int first = 0; first < rank; first += kRankDepth) {
-            Transfer<float, kTokens, kRankDepth> left;
-            Transfer<T, kRankDepth, kInputColumns> right;
-            left.load(
-                [&](int row) {
-                  return served >> row & 1 ? factors_of(p, p.dh, slice, tokens[row] * r.num_choices + choice) : nullptr;
-                },
-                first, rank);
-            right.load([&](int row) { return first + row < rank ? row_of<T>(p.A[slice], slot, first + row) : nullptr; },
-                       first_column, p.d_in);
-            left.template store<Tiles::kLeftStride>(shared.left);
-            right.template store<Tiles::kRightStride>(shared.right);
-            __syncthreads();
-            product.add(shared, min(rank - first, kRankDepth), served >> Tiles::row(0) & 1,
-                        served >> Tiles::row(1) & 1);
-            __syncthreads();
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (tokens[Tiles::row(i)] < 0) continue;
-      const int64_t row = tokens[Tiles::row(i)] * p.d_in;
-#pragma unroll
-      for (int j = 0; j < Tiles::kColumnsPerLane; j += 2) {
-        const int64_t column = first_column + Tiles::column(j), live = p.d_in - column;
-        if (live <= 0) continue;
-        if (p.last_call) {
-          store_pair(static_cast<T*>(p.dx) + row + column, product.at(i, j), product.at(i, j + 1), live);
-        } else {
-          store_pair(p.dx_sum + row + column, product.at(i, j), product.at(i, j + 1), live);
-        }
-      }
-    }
-    __syncthreads();  // before the next round overwrites tokens
-  }
-}
-
-template <typename T, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2)
-    outer(const __grid_constant__ BackwardParams p, int64_t blocks, int64_t column_tiles) {
-  using Tiles = Product<T, kRanks, kOuterColumns, kDepth, true>;
-  __shared__ typename Tiles::Shared shared;
-  __shared__ int pairs[2][kDepth];  // of the tiles that are loaded next, and of those after them
-  const Routing& r = p.routing;
-  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    Coordinates at{block};
-    const int64_t first_rank = at.next(ceil_div(r.r_max, kRanks)) * kRanks;
-    const int64_t first_column = at.next(column_tiles) * kOuterColumns;
-    const bool of_A = at.next(2) == 0;
-    const int slice = static_cast<int>(at.next(p.num_slices));
-    const int64_t slot = at.rest, columns = of_A ? p.d_in : p.B[slice].rows;
-    T* out = static_cast<T*>(of_A ? p.dA[slice] : p.dB[slice]);
-    if (out == nullptr || first_column >= columns) continue;
-
-    const int rank = rank_of(r, static_cast<int>(slot)), begin = start_of(r, slot);
-    const int end = first_rank < rank ? start_of(r, slot + 1) : begin;
-    float* factors = of_A ? p.dh : p.h;
-    const T* rows = of_A ? static_cast<const T*>(p.x) : static_cast<const T*>(p.dy) + slice_column(p, slice);
-    const int64_t stride = of_A ? p.x_stride : p.dy_stride;
-    Transfer<float, kDepth, kRanks> left;
-    Transfer<T, kDepth, kOuterColumns> right;
-    const auto pair_after = [&](int64_t position) {
-      return position + threadIdx.x < end ? pair_at(r, position + threadIdx.x) : -1;
-    };
-    const auto load = [&](const int* of) {
-      left.load([&](int row) { return of[row] < 0 ? nullptr : factors_of(p, factors, slice, of[row]); }, first_rank,
-                rank);
-      right.load([&](int row) { return of[row] < 0 ? nullptr : rows + token_of(r, of[row]) * stride; }, first_column,
-                 columns);
-    };
-    Tiles product;
-    if (threadIdx.x < kDepth) {
-      pairs[0][threadIdx.x] = pair_after(begin);
-      pairs[1][threadIdx.x] = pair_after(int64_t{begin} + kDepth);
-    }
-    __syncthreads();
-    load(pairs[0]);
-    int turn = 0;
-    for (int64_t depth = begin; depth < end; depth += kDepth, turn ^= 1) {
-      left.template store<Tiles::kLeftStride>(shared.left);
-      right.template store<Tiles::kRightStride>(shared.right);
-      __syncthreads();
-      const int later = threadIdx.x < kDepth ? pair_after(depth + 2 * kDepth) : 0;
-      load(pairs[turn ^ 1]);
-      product.add(shared, static_cast<int>(min(end - depth, int64_t{kDepth})));
-      if (threadIdx.x < kDepth) pairs[turn][threadIdx.x] = later;
-      __syncthreads();
-    }
-    // Ranks that the slot does not have, and slots without pairs, get zeros.
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t row = first_rank + Tiles::row(i);
-      if (row >= r.r_max) continue;
-#pragma unroll
-      for (int j = 0; j < Tiles::kColumnsPerLane; j += 2) {
-        const int64_t column = first_column + Tiles::column(j), live = columns - column;
-        if (live <= 0) continue;
-        const float left_value = row < rank ? product.at(i, j) : 0.0f;
-        const float right_value = row < rank ? product.at(i, j + 1) : 0.0f;
-        if (of_A) {
-          store_pair(out + (slot * r.r_max + row) * columns + column, left_value, right_value, live);
-        } else {
-          T* to = out + (slot * columns + column) * r.r_max + row;
-          to[0] = from_float<T>(left_value);
-          if (live > 1) to[r.r_max] = from_float<T>(right_value);
-        }
-      }
-    }
-    __syncthreads();
-  }
-}
-
 template <typename Kernel, typename... Arguments>
 cudaError_t launch(Kernel kernel, int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 2147483647)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, kMaxGrid)));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
@@ -372,8 +93,14 @@ cudaError_t launch_with_ranks(const BackwardParams& p, cudaStream_t stream) {
   if (!error) error = launch(finish<T>, ceil_div(pairs, kWarps), stream, p);
   if (!error) error = launch(scales, slots, stream, p);
   if (!error) error = launch(inputs<T>, p.dx == nullptr ? 0 : input_blocks, stream, p, input_blocks);
-  if (!error) error = launch(outer<T, kRanks>, outer_blocks, stream, p, outer_blocks, column_tiles);
+  if (!error)
+    error = launch(outer<T, kRanks>, std::min(outer_blocks, kOuterGrid), stream, p, outer_blocks, column_tiles);
   return error;
+}
+
+template <typename T>
+cudaError_t load_kernels() {
+  return load(back<T, 16>, back<T, 32>, back<T, 64>, finish<T>, inputs<T>, outer<T, 16>, outer<T, 32>, outer<T, 64>);
 }
 
 }  // namespace
@@ -387,6 +114,14 @@ const char* backward(const BackwardParams& params, int device, void* stream) {
                                                   : launch_with_ranks<T, 64>;
     return run(params, static_cast<cudaStream_t>(stream));
   }));
+}
+
+cudaError_t load_backward() {
+  cudaError_t error = load(scales);
+  for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+    if (!error) error = with_dtype(dtype, [](auto zero) { return load_kernels<decltype(zero)>(); });
+  }
+  return error;
 }
 
 }  // namespace lorakern::cuda

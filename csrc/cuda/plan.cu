@@ -44,7 +44,7 @@ __device__ int scan(const Routing& r, int64_t begin, int64_t end, int64_t first,
   return smaller;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     place(const __grid_constant__ Routing r, int32_t* order, int32_t* starts, int64_t keys_per_block) {
   __shared__ int counts[kMaxKeys][kWarps + 1];  // of a key in a warp's part; then where the warp places the next one
   __shared__ int smaller;
@@ -101,5 +101,7 @@ const char* plan(const Routing& routing, int32_t* order, int32_t* starts, int de
   config.stream = static_cast<cudaStream_t>(stream);
   return describe(cudaLaunchKernelEx(&config, place, routing, order, starts, keys_per_block));
 }
+
+cudaError_t load_plan() { return load(place); }
 
 }  // namespace lorakern::cuda
