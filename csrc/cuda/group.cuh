@@ -76,7 +76,7 @@ __device__ Group find_in_plan(const Routing& r, int64_t number, int step, Member
   const int64_t ahead = (number - first_number(slot)) * step, begin = start + ahead;
   if (ahead % N != 0 || begin < 0 || begin >= stop || stop > pairs) return {-1, 0, 0};
   const int count = static_cast<int>(stop - begin < N ? stop - begin : N);
-  if (threadIdx.x < count) {
+  if (static_cast<int>(threadIdx.x) < count) {
     const int64_t pair = r.plan.order[begin + threadIdx.x];
     members.pair[threadIdx.x] = static_cast<int>(pair < 0 ? 0 : pair >= pairs ? pairs - 1 : pair);
   }
@@ -89,7 +89,7 @@ __device__ Group find_group(const Routing& r, int64_t number, int step, Members<
   const Group group = r.plan.order == nullptr ? find_in_indices(r, static_cast<int>(number), members)
                                               : find_in_plan(r, number, step, members);
   __syncthreads();
-  if (threadIdx.x < group.count) {
+  if (static_cast<int>(threadIdx.x) < group.count) {
     const int pair = members.pair[threadIdx.x];
     members.token[threadIdx.x] = pair / r.num_choices;
     members.factor[threadIdx.x] = gate_of(r, pair) * scale_of(r, group.slot);

@@ -20,8 +20,9 @@ namespace lorakern::cuda {
 
 constexpr int kParts = 16;    // of d_in
 constexpr int kQuarter = 4;   // parts that are added first
-constexpr int kDepth = 64;    // columns of a part in one stage
 constexpr int kRankTile = 64;  // ranks at a time where there are more
+template <typename T>
+constexpr int kDepth = 128 / sizeof(T);  // columns of a part in one stage
 
 inline __host__ __device__ int64_t part_length(int64_t d_in) { return (d_in + kParts * 16 - 1) / (kParts * 16) * 16; }
 
@@ -35,7 +36,8 @@ inline __host__ __device__ constexpr int h_stride(int64_t r_max) { return padded
 // How the four warps share the work of a stage with tiles of R ranks.
 template <typename T, int N, int R>
 struct Shape {
-  static constexpr int kStages = N <= 16 ? 4 : 3;
+  static constexpr int kDepth = cuda::kDepth<T>;
+  static constexpr int kStages = N <= 16 && sizeof(T) == 2 ? 4 : 3;
   static constexpr int kRankWarps = R / 16;
   static constexpr int kGroups = N <= 16 ? kWarps / kRankWarps : 1;  // parts of d_in side by side
   static constexpr int kTokenWarps = kWarps / (kRankWarps * kGroups);
@@ -112,7 +114,7 @@ template <typename T, int N, int R>
 struct LoraBlock {
   using S = Shape<T, N, R>;
   using Y = YTile<T, S::kColumns>;
-  static constexpr int kStages = S::kStages;
+  static constexpr int kStages = S::kStages, kDepth = S::kDepth;
 
   Group group;
   const Members<N>* members;
