@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,17 +16,18 @@ using namespace lorakern;
 namespace {
 
 // A pointer comes first, 0 where the argument is absent; bool: are the integers 64-bit?
-using Strided = std::tuple<uintptr_t, int64_t>;
-using StridedIntegers = std::tuple<uintptr_t, int64_t, bool>;
-using Pairs = std::tuple<uintptr_t, int64_t, int64_t>;  // token stride, choice stride
-using PairIntegers = std::tuple<uintptr_t, int64_t, int64_t, bool>;
-using Weights = std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>;  // slot stride, row stride, rows
-using Plans = std::tuple<uintptr_t, uintptr_t>;                                 // order, starts
-// tokens, choices, slots, r_max, d_in
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Address = uintptr_t;
+using Strided = std::tuple<Address, int64_t>;
+using Weights = std::vector<std::tuple<Address, int64_t, int64_t, int64_t>>;  // slot stride, row stride, rows
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;                 // tokens, choices, slots, r_max
+using Indices = std::tuple<Address, int64_t, int64_t, bool>;                  // token stride, choice stride
+using Ranks = std::tuple<Address, int64_t, bool>;
+using Gates = std::tuple<Address, int64_t, int64_t>;                                     // token stride, choice stride
+using PlanArrays = std::tuple<Address, Address>;                                         // order, starts
+using RoutingArguments = std::tuple<Sizes, Indices, Strided, Ranks, Gates, PlanArrays>;  // third: scale
 
 template <typename T>
-T* pointer(uintptr_t address) {
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -34,15 +36,16 @@ void check(const char* error) {
 }
 
 void fill(Weight* out, const Weights& weights) {
+  if (weights.size() > size_t{kMaxSlices}) throw std::invalid_argument("too many slices");
   for (const auto& [data, slot_stride, row_stride, rows] : weights) {
     *out++ = {pointer<const void>(data), slot_stride, row_stride, rows};
   }
 }
 
-cuda::Routing routing_of(const Sizes& sizes, const PairIntegers& indices, const Strided& scale,
-                         const StridedIntegers& ranks, const Pairs& gates, const Plans& plan) {
+cuda::Routing routing_of(const RoutingArguments& arguments) {
+  const auto& [sizes, indices, scale, ranks, gates, plan] = arguments;
   cuda::Routing r = {};
-  std::tie(r.num_tokens, r.num_choices, r.num_slots, r.r_max, std::ignore) = sizes;
+  std::tie(r.num_tokens, r.num_choices, r.num_slots, r.r_max) = sizes;
   r.indices = {pointer<const void>(std::get<0>(indices)), std::get<3>(indices)};
   r.indices_token_stride = std::get<1>(indices);
   r.indices_choice_stride = std::get<2>(indices);
@@ -57,27 +60,18 @@ cuda::Routing routing_of(const Sizes& sizes, const PairIntegers& indices, const 
   return r;
 }
 
-// What the params of bgmv and of backward have in common.
-template <typename Params>
-Params params_of(int dtype, const Sizes& sizes, const Strided& x, const Weights& A, const Weights& B,
-                 const cuda::Routing& routing) {
-  if (A.size() != B.size() || A.size() > size_t{kMaxSlices}) throw std::invalid_argument("A, B: slices");
-  Params p = {};
+// Of x and A alone (shrink), of y and B alone (expand), or of all (bgmv).
+void bgmv(int device, Address stream, int dtype, const RoutingArguments& routing, int64_t d_in, const Strided& x,
+          const Weights& A, const Strided& y, const Weights& B, Address h, int num_planes, bool accumulate) {
+  cuda::BgmvParams p = {};
   p.dtype = static_cast<Dtype>(dtype);
-  p.routing = routing;
-  p.d_in = std::get<4>(sizes);
-  p.num_slices = static_cast<int>(A.size());
-  p.x = pointer<const void>(std::get<0>(x));
-  p.x_stride = std::get<1>(x);
+  p.routing = routing_of(routing);
+  p.d_in = d_in;
+  p.num_slices = static_cast<int>(std::max(A.size(), B.size()));
   fill(p.A, A);
   fill(p.B, B);
-  return p;
-}
-
-void bgmv(int device, uintptr_t stream, int dtype, const Sizes& sizes, const Strided& y, const Strided& x,
-          const Weights& A, const Weights& B, uintptr_t h, const PairIntegers& indices, const Strided& scale,
-          const StridedIntegers& ranks, const Pairs& gates, const Plans& plan, int num_planes, bool accumulate) {
-  auto p = params_of<cuda::BgmvParams>(dtype, sizes, x, A, B, routing_of(sizes, indices, scale, ranks, gates, plan));
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
   p.y = pointer<void>(std::get<0>(y));
   p.y_stride = std::get<1>(y);
   p.h = pointer<float>(h);
@@ -86,54 +80,73 @@ void bgmv(int device, uintptr_t stream, int dtype, const Sizes& sizes, const Str
   check(cuda::bgmv(p, device, pointer<void>(stream)));
 }
 
-void backward(int device, uintptr_t stream, int dtype, const Sizes& sizes, const Strided& dy, const Strided& x,
-              const Weights& A, const Weights& B, uintptr_t h, uintptr_t dh, int num_planes, uintptr_t dots,
-              uintptr_t dx_sum, uintptr_t dx, const std::vector<uintptr_t>& dA, const std::vector<uintptr_t>& dB,
-              uintptr_t dscale, uintptr_t dgates, const PairIntegers& indices, const Strided& scale,
-              const StridedIntegers& ranks, const Pairs& gates, const Plans& plan, bool first_call, bool last_call) {
-  if (dA.size() != A.size() || dB.size() != B.size()) throw std::invalid_argument("dA, dB: slices");
-  auto p =
-      params_of<cuda::BackwardParams>(dtype, sizes, x, A, B, routing_of(sizes, indices, scale, ranks, gates, plan));
+// Planes of h that bgmv of all needs.
+int planes(int device, int dtype, const Sizes& sizes, int64_t d_in, int num_slices) {
+  cuda::BgmvParams p = {};
+  p.dtype = static_cast<Dtype>(dtype);
+  std::tie(p.routing.num_tokens, p.routing.num_choices, p.routing.num_slots, p.routing.r_max) = sizes;
+  p.d_in = d_in;
+  p.num_slices = num_slices;
+  int count = 0;
+  check(cuda::planes(p, device, &count));
+  return count;
+}
+
+void backward(int device, Address stream, int dtype, const RoutingArguments& routing, int64_t d_in, const Strided& x,
+              const Weights& A, const Strided& dy, const Weights& B, Address h, Address dh, int num_planes,
+              Address dots, Address dx_sum, Address dx, const std::vector<Address>& dA, const std::vector<Address>& dB,
+              Address dscale, Address dgates, bool first_call, bool last_call) {
+  if (A.size() != B.size() || A.size() != dA.size() || A.size() != dB.size() || A.size() > size_t{kMaxSlices}) {
+    throw std::invalid_argument("A, B, dA, dB: slices");
+  }
+  cuda::BackwardParams p = {};
+  p.dtype = static_cast<Dtype>(dtype);
+  p.routing = routing_of(routing);
+  p.d_in = d_in;
+  p.num_slices = static_cast<int>(A.size());
+  p.first_call = first_call;
+  p.last_call = last_call;
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
   p.dy = pointer<const void>(std::get<0>(dy));
   p.dy_stride = std::get<1>(dy);
+  fill(p.A, A);
+  fill(p.B, B);
   p.h = pointer<float>(h);
   p.dh = pointer<float>(dh);
   p.num_planes = num_planes;
   p.dots = pointer<float>(dots);
   p.dx_sum = pointer<float>(dx_sum);
   p.dx = pointer<void>(dx);
-  for (size_t slice = 0; slice < A.size(); ++slice) {
-    p.dA[slice] = pointer<void>(dA[slice]);
-    p.dB[slice] = pointer<void>(dB[slice]);
-  }
+  std::transform(dA.begin(), dA.end(), p.dA, pointer<void>);
+  std::transform(dB.begin(), dB.end(), p.dB, pointer<void>);
   p.dscale = pointer<float>(dscale);
   p.dgates = pointer<float>(dgates);
-  p.first_call = first_call;
-  p.last_call = last_call;
   check(cuda::backward(p, device, pointer<void>(stream)));
 }
 
-void plan(int device, uintptr_t stream, const Sizes& sizes, const PairIntegers& indices, uintptr_t order,
-          uintptr_t starts) {
-  const cuda::Routing routing = routing_of(sizes, indices, {}, {}, {}, {});
-  check(cuda::plan(routing, pointer<int32_t>(order), pointer<int32_t>(starts), device, pointer<void>(stream)));
+void plan(int device, Address stream, const RoutingArguments& routing, Address order, Address starts) {
+  check(cuda::plan(routing_of(routing), pointer<int32_t>(order), pointer<int32_t>(starts), device,
+                   pointer<void>(stream)));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_SLICES") = kMaxSlices;
-  m.def("bgmv", &bgmv, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("sizes"),
-        py::arg("y"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("h"), py::arg("indices"), py::arg("scale"),
-        py::arg("ranks"), py::arg("gates"), py::arg("plan"), py::arg("num_planes"), py::arg("accumulate"),
+  m.attr("UNPLANNED_PAIRS") = cuda::kUnplannedPairs;
+  m.def("bgmv", &bgmv, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("routing"),
+        py::arg("d_in"), py::arg("x"), py::arg("A"), py::arg("y"), py::arg("B"), py::arg("h"), py::arg("num_planes"),
+        py::arg("accumulate"), py::call_guard<py::gil_scoped_release>());
+  m.def("planes", &planes, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("sizes"), py::arg("d_in"),
+        py::arg("num_slices"));
+  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"),
+        py::arg("routing"), py::arg("d_in"), py::arg("x"), py::arg("A"), py::arg("dy"), py::arg("B"), py::arg("h"),
+        py::arg("dh"), py::arg("num_planes"), py::arg("dots"), py::arg("dx_sum"), py::arg("dx"), py::arg("dA"),
+        py::arg("dB"), py::arg("dscale"), py::arg("dgates"), py::arg("first_call"), py::arg("last_call"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("sizes"),
-        py::arg("dy"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("h"), py::arg("dh"), py::arg("num_planes"),
-        py::arg("dots"), py::arg("dx_sum"), py::arg("dx"), py::arg("dA"), py::arg("dB"), py::arg("dscale"),
-        py::arg("dgates"), py::arg("indices"), py::arg("scale"), py::arg("ranks"), py::arg("gates"), py::arg("plan"),
-        py::arg("first_call"), py::arg("last_call"), py::call_guard<py::gil_scoped_release>());
-  m.def("plan", &plan, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("sizes"), py::arg("indices"),
-        py::arg("order"), py::arg("starts"), py::call_guard<py::gil_scoped_release>());
+  m.def("plan", &plan, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("routing"), py::arg("order"),
+        py::arg("starts"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "preload", [](int device) { check(cuda::preload(device)); }, py::arg("device"),
       py::call_guard<py::gil_scoped_release>());

@@ -8,7 +8,10 @@
 //
 // Every sum has one order: no atomics. That of dx and dgates is set by the shapes of one token alone; those of dA, dB
 // and dscale follow the plan. Blocks loop over what does not fit a grid.
+#include <initializer_list>
+
 #include "gradients.cuh"
+#include "launch.h"
 
 namespace lorakern::cuda {
 namespace {
@@ -99,8 +102,9 @@ cudaError_t launch_with_ranks(const BackwardParams& p, cudaStream_t stream) {
 }
 
 template <typename T>
-cudaError_t load_kernels() {
-  return load(back<T, 16>, back<T, 32>, back<T, 64>, finish<T>, inputs<T>, outer<T, 16>, outer<T, 32>, outer<T, 64>);
+cudaError_t load_of() {
+  return load_kernels(back<T, 16>, back<T, 32>, back<T, 64>, finish<T>, inputs<T>, outer<T, 16>, outer<T, 32>,
+                      outer<T, 64>);
 }
 
 }  // namespace
@@ -117,9 +121,9 @@ const char* backward(const BackwardParams& params, int device, void* stream) {
 }
 
 cudaError_t load_backward() {
-  cudaError_t error = load(scales);
+  cudaError_t error = load_kernels(scales);
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
-    if (!error) error = with_dtype(dtype, [](auto zero) { return load_kernels<decltype(zero)>(); });
+    if (!error) error = with_dtype(dtype, [](auto zero) { return load_of<decltype(zero)>(); });
   }
   return error;
 }

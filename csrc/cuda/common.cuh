@@ -76,15 +76,12 @@ cudaError_t with_dtype(Dtype dtype, Function function) {
 
 // Loads kernels now rather than at their first launch.
 template <typename... Kernels>
-cudaError_t load(Kernels... kernels) {
+cudaError_t load_kernels(Kernels... kernels) {
   cudaFuncAttributes unused;
   cudaError_t error = cudaSuccess;
   ((error = error ? error : cudaFuncGetAttributes(&unused, kernels)), ...);
   return error;
 }
-
-cudaError_t load_backward();
-cudaError_t load_plan();
 
 // What CUDA has to say against a call, or null.
 inline const char* describe(cudaError_t error) {

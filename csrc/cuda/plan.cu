@@ -4,6 +4,7 @@
 #include <ptx.cuh>
 
 #include "common.cuh"
+#include "launch.h"
 
 namespace lorakern::cuda {
 namespace {
@@ -102,6 +103,6 @@ const char* plan(const Routing& routing, int32_t* order, int32_t* starts, int de
   return describe(cudaLaunchKernelEx(&config, place, routing, order, starts, keys_per_block));
 }
 
-cudaError_t load_plan() { return load(place); }
+cudaError_t load_plan() { return load_kernels(place); }
 
 }  // namespace lorakern::cuda

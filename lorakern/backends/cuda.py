@@ -1,12 +1,12 @@
-"""The CUDA backend: one bgmv for fp16, bf16 and fp32 (csrc/cuda), two launches on the current stream.
+"""The CUDA backend (csrc/cuda): bgmv in one launch where a token has one adapter, else in two, on the current stream.
 
-It follows `indices` itself and has no use for a plan. Whatever CUDA objects to (no code for this device, a bad launch,
-an earlier fault) is raised as RuntimeError.
+Up to 128 pairs are grouped by the kernels themselves; beyond that they follow a plan, which is made here if there is
+none. Whatever CUDA objects to (no code for this device, a bad launch, an earlier fault) is raised as RuntimeError.
 """
 
-import contextlib
 import functools
 import importlib
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +16,9 @@ NAME = "cuda"
 VALIDATES = False  # the kernel skips what is out of range
 _OLDEST = (8, 0)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What fits the shared memory of every device from sm_80 on.
+MAX_RANK = 1024
+MAX_CHOICES = 256
 
 
 @functools.cache
@@ -38,13 +41,15 @@ def missing():
 
 
 def plan(indices, num_slots):
-    order = torch.empty(indices.numel(), dtype=torch.int32, device=indices.device)
-    starts = torch.empty(num_slots + 1, dtype=torch.int32, device=indices.device)
-    with _on_device(indices) as (module, place):
-        module.plan(
-            **place,
-            sizes=(*indices.shape, num_slots, 0, 0),
-            indices=_indices(indices),
+    """Group pairs by slot, in one launch."""
+    order, starts = (
+        torch.empty(n, dtype=torch.int32, device=indices.device) for n in (indices.numel(), num_slots + 1)
+    )
+    with _on(indices) as (device, stream):
+        _preloaded(device).plan(
+            device=device,
+            stream=stream,
+            routing=_routing((*indices.shape, num_slots, 0), indices, None, None, None, None, None),
             order=order.data_ptr(),
             starts=starts.data_ptr(),
         )
@@ -52,51 +57,75 @@ def plan(indices, num_slots):
 
 
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    """expand(y, shrink(x)) with h in float32 scratch. Columns of x or y that do not lie side by side cost a copy."""
-    if x.dtype not in _DTYPES:
-        raise LorakernError(f"bgmv: x must be float16, bfloat16 or float32 on the CUDA backend; got {x.dtype}")
-    columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
-    target = _rows(columns)
-    _launch(target, _rows(x), A, B, indices, scale, ranks, gates, accumulate)
+    """expand(y, shrink(x)). Columns of x or y that do not lie side by side cost a copy."""
+    _run("bgmv", x, A, y, B, None, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+
+
+def shrink(h, x, A, indices, ranks, order, starts):
+    """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
+    h.zero_()
+    _run("shrink", x, A, None, (), h, indices, None, ranks, None, order, starts, 0, False)
+
+
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """y[t] (+)= sum_k gates[t, k] * scale[i] * B[i, :, :r] @ h[t, k, :r], slices side by side from y_offset."""
+    _run("expand", None, (), y, B, h, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+
+
+def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """The launches for x and A, y and B, or both; h is the caller's where one of the two is None."""
+    tensor = y if x is None else x
+    (tokens, choices), weights = indices.shape, A or B
+    slots, r_max = weights[0].shape[0], A[0].shape[1] if A else B[0].shape[2]
+    _check(op, tensor.dtype, r_max, choices)
+    if x is not None:
+        x = _rows(x)
+    columns = target = None
+    if y is not None:
+        columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+        target = _rows(columns)
+    with _on(tensor) as (device, stream):
+        module = _preloaded(device)
+        if tokens * choices <= module.UNPLANNED_PAIRS or (choices > 1 and x is None):
+            order = starts = None
+        elif order is None:
+            order, starts = plan(indices, slots)
+        sizes, dtype, d_in = (tokens, choices, slots, r_max), _DTYPES[tensor.dtype], 0 if x is None else x.shape[1]
+        routing = _routing(sizes, indices, scale, ranks, gates, order, starts)
+        column = 0
+        for first in range(0, len(weights), module.MAX_SLICES):
+            some = slice(first, first + module.MAX_SLICES)
+            if h is None:
+                slices = len(weights[some])
+                planes = module.planes(device=device, dtype=dtype, sizes=sizes, d_in=d_in, num_slices=slices)
+                # From torch's allocator on this stream: no two streams share it, and a captured graph keeps its own.
+                scratch = torch.empty(planes * slices * tokens * choices * r_max, dtype=torch.float32, device=x.device)
+            else:
+                planes, scratch = 1, h[some]
+            module.bgmv(
+                device=device,
+                stream=stream,
+                dtype=dtype,
+                routing=routing,
+                d_in=d_in,
+                x=(0, 0) if x is None else (x.data_ptr(), x.stride(0)),
+                A=[_weight(a) for a in A[some]],
+                y=(0, 0) if y is None else (target.data_ptr() + column * target.element_size(), target.stride(0)),
+                B=[_weight(b) for b in B[some]],
+                h=scratch.data_ptr(),
+                num_planes=planes,
+                accumulate=accumulate,
+            )
+            column += sum(b.shape[1] for b in B[some])
     if target is not columns:
         columns.copy_(target)
 
 
-def _launch(y, x, A, B, indices, scale, ranks, gates, accumulate):
-    (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
-    with torch.cuda.device(x.device):
-        module = _preloaded(x.get_device())
-        # From torch's allocator on this stream: no two streams share it, and a captured graph keeps its own.
-        h = torch.empty(min(len(A), module.MAX_SLICES) * tokens * choices * r_max, dtype=torch.float32, device=x.device)
-        column = 0
-        for first in range(0, len(A), module.MAX_SLICES):
-            some = slice(first, first + module.MAX_SLICES)
-            module.bgmv(
-                device=x.get_device(),
-                stream=torch.cuda.current_stream().cuda_stream,
-                dtype=_DTYPES[x.dtype],
-                sizes=(tokens, choices, slots, r_max, d_in),
-                y=(y.data_ptr() + column * y.element_size(), y.stride(0)),
-                x=(x.data_ptr(), x.stride(0)),
-                A=[_weight(a) for a in A[some]],
-                B=[_weight(b) for b in B[some]],
-                h=h.data_ptr(),
-                indices=(*_pointer(indices), indices.dtype == torch.int64),
-                scale=_pointer(scale) if scale is not None else (0, 0),
-                ranks=(*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
-                gates=_pointer(gates) if gates is not None else (0, 0, 0),
-                accumulate=accumulate,
-            )
-            column += sum(b.shape[1] for b in B[some])
-
-
 def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     """Gradients by x, every A, every B, scale and gates (the last two None where the input is None)."""
-    _check_dtype("backward", x)
-    dy, x = _rows(dy), _rows(x)
     (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
-    if order is None:
-        order, starts = plan(indices, slots)
+    _check("backward", x.dtype, r_max, choices)
+    dy, x = _rows(dy), _rows(x)
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device=x.device)
@@ -105,38 +134,42 @@ def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     dA, dB = ([empty(w.shape, dtype=w.dtype) for w in weights] for weights in (A, B))
     dscale = None if scale is None else empty(slots)
     dgates = None if gates is None else empty(tokens, choices)
-    with _on_device(x) as (module, place):
-        calls = [slice(i, i + module.MAX_SLICES) for i in range(0, len(A), module.MAX_SLICES)]
+    if order is None:
+        order, starts = plan(indices, slots)
+    h = empty(len(A), tokens, choices, r_max)
+    _run("backward", x, A, None, (), h, indices, None, ranks, None, order, starts, 0, False)
+    with _on(x) as (device, stream):
+        module = _preloaded(device)
+        parts = [slice(i, i + module.MAX_SLICES) for i in range(0, len(A), module.MAX_SLICES)]
         planes = _back_planes(max(b.shape[1] for b in B))
-        factors = min(len(A), module.MAX_SLICES) * tokens * choices * r_max
-        h, dh, dots = empty(factors), empty(planes * factors), empty(tokens * choices)
-        dx_sum = empty(tokens, d_in) if len(calls) > 1 else None
+        dh, dots = empty(planes, *h[parts[0]].shape), empty(tokens, choices)
+        dx_sum = empty(tokens, d_in) if len(parts) > 1 else None
         column = 0
-        for some in calls:
-            _shrink(h, x, A[some], indices, ranks, order, starts)
+        for part in parts:
             module.backward(
-                **place,
+                device=device,
+                stream=stream,
                 dtype=_DTYPES[x.dtype],
-                sizes=(tokens, choices, slots, r_max, d_in),
-                dy=(dy.data_ptr() + column * dy.element_size(), dy.stride(0)),
+                routing=_routing((tokens, choices, slots, r_max), indices, scale, ranks, gates, order, starts),
+                d_in=d_in,
                 x=(x.data_ptr(), x.stride(0)),
-                A=[_weight(a) for a in A[some]],
-                B=[_weight(b) for b in B[some]],
-                h=h.data_ptr(),
+                A=[_weight(a) for a in A[part]],
+                dy=(dy.data_ptr() + column * dy.element_size(), dy.stride(0)),
+                B=[_weight(b) for b in B[part]],
+                h=h[part].data_ptr(),
                 dh=dh.data_ptr(),
                 num_planes=planes,
                 dots=dots.data_ptr(),
                 dx_sum=_address(dx_sum),
                 dx=dx.data_ptr(),
-                dA=[_address(d) for d in dA[some]],
-                dB=[_address(d) for d in dB[some]],
+                dA=[d.data_ptr() for d in dA[part]],
+                dB=[d.data_ptr() for d in dB[part]],
                 dscale=_address(dscale),
                 dgates=_address(dgates),
-                **_routing(indices, scale, ranks, gates, order, starts),
-                first_call=some is calls[0],
-                last_call=some is calls[-1],
+                first_call=part is parts[0],
+                last_call=part is parts[-1],
             )
-            column += sum(b.shape[1] for b in B[some])
+            column += sum(b.shape[1] for b in B[part])
     return dx, dA, dB, dscale, dgates
 
 
@@ -145,35 +178,30 @@ def _back_planes(columns):
     return min(4, max(1, -(-columns // 1024)))
 
 
-def _shrink(h, x, A, indices, ranks, order, starts):
-    raise NotImplementedError
+def _check(op, dtype, r_max, choices):
+    if dtype not in _DTYPES:
+        raise LorakernError(f"{op}: the cuda backend takes float16, bfloat16 or float32; got {dtype}")
+    for name, size, most in (("a rank r_max", r_max, MAX_RANK), ("a number K of choices", choices, MAX_CHOICES)):
+        if size > most:
+            raise LorakernError(f"{op}: the cuda backend takes {name} up to {most}; got {size}. Triton takes any")
 
 
-def _check_dtype(op, x):
-    if x.dtype not in _DTYPES:
-        raise LorakernError(f"{op}: x must be float16, bfloat16 or float32 on the CUDA backend; got {x.dtype}")
-
-
-@contextlib.contextmanager
-def _on_device(tensor):
-    """The module, and the device and stream to give it; torch's current device comes back afterwards."""
+@contextmanager
+def _on(tensor):
+    """Makes the tensor's device the current one: (its index, the address of its current stream)."""
     with torch.cuda.device(tensor.device):
-        device = tensor.get_device()
-        yield _preloaded(device), {"device": device, "stream": torch.cuda.current_stream().cuda_stream}
+        yield tensor.get_device(), torch.cuda.current_stream().cuda_stream
 
 
-def _routing(indices, scale, ranks, gates, order, starts):
-    return {
-        "indices": _indices(indices),
-        "scale": (0, 0) if scale is None else _pointer(scale),
-        "ranks": (0, 0, False) if ranks is None else (*_pointer(ranks), ranks.dtype == torch.int64),
-        "gates": (0, 0, 0) if gates is None else _pointer(gates),
-        "plan": (_address(order), _address(starts)),
-    }
-
-
-def _indices(indices):
-    return *_pointer(indices), indices.dtype == torch.int64
+def _routing(sizes, indices, scale, ranks, gates, order, starts):
+    return (
+        sizes,
+        (*_pointer(indices), indices.dtype == torch.int64),
+        _pointer(scale) if scale is not None else (0, 0),
+        (*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
+        _pointer(gates) if gates is not None else (0, 0, 0),
+        (_address(order), _address(starts)),
+    )
 
 
 def _address(tensor):

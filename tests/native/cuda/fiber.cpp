@@ -1,0 +1,117 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+namespace emulator {
+namespace {
+
+constexpr size_t kPage = 4096;
+
+// Of whoever resumed the fiber that runs.
+Context resumer;
+const void* resumer_stack;
+size_t resumer_stack_size;
+
+}  // namespace
+
+Pages::Pages(size_t bytes) : size_((bytes + kPage - 1) / kPage * kPage) {
+  void* all = mmap(nullptr, size_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (all == MAP_FAILED) throw std::bad_alloc();
+  begin_ = static_cast<char*>(all) + kPage;
+  if (size_ > 0 && mprotect(begin_, size_, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+}
+
+Pages::~Pages() { munmap(begin_ - kPage, size_ + 2 * kPage); }
+
+#if defined(__x86_64__)
+
+// Saves the registers that a call preserves on the stack, and the stack pointer at *save; continues where load was
+// saved.
+extern "C" void lorakern_emulator_switch(Context* save, Context load);
+asm(R"(
+  .text
+  .hidden lorakern_emulator_switch
+  .globl lorakern_emulator_switch
+  .type lorakern_emulator_switch, @function
+lorakern_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size lorakern_emulator_switch, . - lorakern_emulator_switch
+)");
+
+static void switch_context(Context& save, Context& load) { lorakern_emulator_switch(&save, load); }
+
+static void make_context(Context& context, const Pages& stack, void (*entry)()) {
+  constexpr int kSaved = 6;
+  auto* top = reinterpret_cast<uintptr_t*>(stack.end()) - 3;  // aligned as after a call
+  top[0] = 0;                                                 // the return address of entry: the stack ends here
+  top[-1] = reinterpret_cast<uintptr_t>(entry);
+  for (int i = 0; i < kSaved; ++i) top[-2 - i] = 0;
+  context = top - 1 - kSaved;
+}
+
+#else
+
+static void switch_context(Context& save, Context& load) { swapcontext(&save, &load); }
+
+static void make_context(Context& context, const Pages& stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack.begin();
+  context.uc_stack.ss_size = stack.end() - stack.begin();
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+
+#endif
+
+static void (*entered)();
+
+// The first code of every fiber.
+static void enter() {
+  __sanitizer_finish_switch_fiber(nullptr, &resumer_stack, &resumer_stack_size);
+  entered();
+}
+
+void Fiber::prepare(void (*entry)()) {
+  entered = entry;
+  fake_stack_ = nullptr;
+  make_context(context_, stack_, enter);
+}
+
+void Fiber::resume() {
+  void* fake_stack;
+  __sanitizer_start_switch_fiber(&fake_stack, stack_.begin(), stack_.end() - stack_.begin());
+  switch_context(resumer, context_);
+  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+}
+
+void Fiber::pause() {
+  __sanitizer_start_switch_fiber(&fake_stack_, resumer_stack, resumer_stack_size);
+  switch_context(context_, resumer);
+  __sanitizer_finish_switch_fiber(fake_stack_, &resumer_stack, &resumer_stack_size);
+}
+
+}  // namespace emulator
