@@ -92,7 +92,7 @@ class Build(build_ext):
         def compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts):
             if ext == ".cu":
                 targets = [f"-gencode=arch={arch},code={code}" for arch, code in CUDA_TARGETS]
-                include = [arg for arg in pp_opts if arg.startswith("-I")]
+                include = ["-Icsrc/cuda", *(arg for arg in pp_opts if arg.startswith("-I"))]
                 flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *targets]
                 subprocess.run([nvcc(), *flags, *include, "-c", src, "-o", obj], check=True)
             else:

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,15 +16,18 @@ using namespace lorakern;
 namespace {
 
 // A pointer comes first, 0 where the argument is absent; bool: are the integers 64-bit?
-using Strided = std::tuple<uintptr_t, int64_t>;
-using StridedIntegers = std::tuple<uintptr_t, int64_t, bool>;
-using Pairs = std::tuple<uintptr_t, int64_t, int64_t>;  // token stride, choice stride
-using PairIntegers = std::tuple<uintptr_t, int64_t, int64_t, bool>;
-using Weights = std::vector<std::tuple<uintptr_t, int64_t, int64_t, int64_t>>;  // slot stride, row stride, rows
-using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Address = uintptr_t;
+using Strided = std::tuple<Address, int64_t>;
+using Weights = std::vector<std::tuple<Address, int64_t, int64_t, int64_t>>;  // slot stride, row stride, rows
+using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;                 // tokens, choices, slots, r_max
+using Indices = std::tuple<Address, int64_t, int64_t, bool>;                  // token stride, choice stride
+using Ranks = std::tuple<Address, int64_t, bool>;
+using Gates = std::tuple<Address, int64_t, int64_t>;  // token stride, choice stride
+using PlanArrays = std::tuple<Address, Address>;      // order, starts
+using RoutingArguments = std::tuple<Sizes, Indices, Strided, Ranks, Gates, PlanArrays>;  // third: scale
 
 template <typename T>
-T* pointer(uintptr_t address) {
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
@@ -32,47 +36,72 @@ void check(const char* error) {
 }
 
 void fill(Weight* out, const Weights& weights) {
+  if (weights.size() > size_t{kMaxSlices}) throw std::invalid_argument("too many slices");
   for (const auto& [data, slot_stride, row_stride, rows] : weights) {
     *out++ = {pointer<const void>(data), slot_stride, row_stride, rows};
   }
 }
 
-void bgmv(int device, uintptr_t stream, int dtype, const Sizes& sizes, const Strided& y, const Strided& x,
-          const Weights& A, const Weights& B, uintptr_t h, const PairIntegers& indices, const Strided& scale,
-          const StridedIntegers& ranks, const Pairs& gates, bool accumulate) {
-  if (A.size() != B.size() || A.size() > size_t{kMaxSlices}) throw std::invalid_argument("A, B: slices");
+cuda::Routing routing_of(const RoutingArguments& arguments) {
+  const auto& [sizes, indices, scale, ranks, gates, plan] = arguments;
+  cuda::Routing r = {};
+  std::tie(r.num_tokens, r.num_choices, r.num_slots, r.r_max) = sizes;
+  r.indices = {pointer<const void>(std::get<0>(indices)), std::get<3>(indices)};
+  r.indices_token_stride = std::get<1>(indices);
+  r.indices_choice_stride = std::get<2>(indices);
+  r.scale = pointer<const float>(std::get<0>(scale));
+  r.scale_stride = std::get<1>(scale);
+  r.ranks = {pointer<const void>(std::get<0>(ranks)), std::get<2>(ranks)};
+  r.ranks_stride = std::get<1>(ranks);
+  r.gates = pointer<const float>(std::get<0>(gates));
+  r.gates_token_stride = std::get<1>(gates);
+  r.gates_choice_stride = std::get<2>(gates);
+  r.plan = {pointer<const int32_t>(std::get<0>(plan)), pointer<const int32_t>(std::get<1>(plan))};
+  return r;
+}
+
+// Of x and A alone (shrink), of y and B alone (expand), or of all (bgmv).
+void bgmv(int device, Address stream, int dtype, const RoutingArguments& routing, int64_t d_in, const Strided& x,
+          const Weights& A, const Strided& y, const Weights& B, Address h, int num_planes, bool accumulate) {
   cuda::BgmvParams p = {};
   p.dtype = static_cast<Dtype>(dtype);
-  std::tie(p.num_tokens, p.num_choices, p.num_slots, p.r_max, p.d_in) = sizes;
-  p.num_slices = static_cast<int>(A.size());
-  p.x = pointer<const void>(std::get<0>(x));
-  p.x_stride = std::get<1>(x);
+  p.routing = routing_of(routing);
+  p.d_in = d_in;
+  p.num_slices = static_cast<int>(std::max(A.size(), B.size()));
   fill(p.A, A);
   fill(p.B, B);
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
   p.y = pointer<void>(std::get<0>(y));
   p.y_stride = std::get<1>(y);
   p.h = pointer<float>(h);
-  p.indices = {pointer<const void>(std::get<0>(indices)), std::get<3>(indices)};
-  p.indices_token_stride = std::get<1>(indices);
-  p.indices_choice_stride = std::get<2>(indices);
-  p.scale = pointer<const float>(std::get<0>(scale));
-  p.scale_stride = std::get<1>(scale);
-  p.ranks = {pointer<const void>(std::get<0>(ranks)), std::get<2>(ranks)};
-  p.ranks_stride = std::get<1>(ranks);
-  p.gates = pointer<const float>(std::get<0>(gates));
-  p.gates_token_stride = std::get<1>(gates);
-  p.gates_choice_stride = std::get<2>(gates);
+  p.num_planes = num_planes;
   p.accumulate = accumulate;
   check(cuda::bgmv(p, device, pointer<void>(stream)));
+}
+
+// Planes of h that bgmv of all needs.
+int planes(int device, int dtype, const Sizes& sizes, int64_t d_in, int num_slices) {
+  cuda::BgmvParams p = {};
+  p.dtype = static_cast<Dtype>(dtype);
+  std::tie(p.routing.num_tokens, p.routing.num_choices, p.routing.num_slots, p.routing.r_max) = sizes;
+  p.d_in = d_in;
+  p.num_slices = num_slices;
+  int count = 0;
+  check(cuda::planes(p, device, &count));
+  return count;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   m.attr("MAX_SLICES") = kMaxSlices;
-  m.def("bgmv", &bgmv, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("sizes"),
-        py::arg("y"), py::arg("x"), py::arg("A"), py::arg("B"), py::arg("h"), py::arg("indices"), py::arg("scale"),
-        py::arg("ranks"), py::arg("gates"), py::arg("accumulate"), py::call_guard<py::gil_scoped_release>());
+  m.attr("UNPLANNED_PAIRS") = cuda::kUnplannedPairs;
+  m.def("bgmv", &bgmv, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"), py::arg("routing"),
+        py::arg("d_in"), py::arg("x"), py::arg("A"), py::arg("y"), py::arg("B"), py::arg("h"), py::arg("num_planes"),
+        py::arg("accumulate"), py::call_guard<py::gil_scoped_release>());
+  m.def("planes", &planes, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("sizes"), py::arg("d_in"),
+        py::arg("num_slices"));
   m.def(
       "preload", [](int device) { check(cuda::preload(device)); }, py::arg("device"),
       py::call_guard<py::gil_scoped_release>());

@@ -9,6 +9,8 @@ struct IntArray {  // int32 or int64, as the caller has it: converting would cos
   bool wide;  // int64
 };
 
+constexpr int kUnplannedPairs = 128;  // up to this many a kernel groups by itself
+
 struct Routing {  // which adapter serves which pair, and how strongly
   int64_t num_tokens, num_choices, num_slots, r_max;
   IntArray indices;  // (T, K); outside 0 .. num_slots - 1: no adapter
@@ -24,7 +26,7 @@ struct Routing {  // which adapter serves which pair, and how strongly
   Plan plan;
 };
 
-struct BgmvParams {
+struct BgmvParams {  // x null: expand alone, from h. y null: shrink alone, into h
   Dtype dtype;  // of x, A, B and y
   Routing routing;
   int64_t d_in;
@@ -35,7 +37,7 @@ struct BgmvParams {
   Weight B[kMaxSlices];
   void* y;  // at the first column to fill
   int64_t y_stride;
-  float* h;  // (planes, slices, T * K, r_max): what shrink writes and expand reads; their sum is A x
+  float* h;  // (num_planes, slices, T * K, r_max): the planes add up to A x; null where num_planes is 0
   int num_planes;
   bool accumulate;  // y += or y =, for tokens that have an adapter
 };
@@ -65,6 +67,7 @@ struct BackwardParams {  // gradients of y = delta(x): any output may be null. O
 // Those that take a device make it current in the calling thread and leave it so. This library links its own copy of the
 // CUDA runtime: whoever uses another one restores the device there.
 const char* bgmv(const BgmvParams& params, int device, void* stream);
+const char* planes(const BgmvParams& params, int device, int* count);  // of h that bgmv needs; pointers do not matter
 const char* backward(const BackwardParams& params, int device, void* stream);
 const char* plan(const Routing& routing, int32_t* order, int32_t* starts, int device, void* stream);
 const char* preload(int device);  // loads every kernel now: the first launch may be inside a graph capture

@@ -1,11 +1,12 @@
-"""The CUDA backend: one bgmv for fp16, bf16 and fp32 (csrc/cuda), two launches on the current stream.
+"""The CUDA backend (csrc/cuda): bgmv in one launch where a token has one adapter, else in two, on the current stream.
 
-It follows `indices` itself and has no use for a plan. Whatever CUDA objects to (no code for this device, a bad launch,
-an earlier fault) is raised as RuntimeError.
+Up to 128 pairs are grouped by the kernels themselves; beyond that they follow a plan, which is made here if there is
+none. Whatever CUDA objects to (no code for this device, a bad launch, an earlier fault) is raised as RuntimeError.
 """
 
 import functools
 import importlib
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,9 @@ NAME = "cuda"
 VALIDATES = False  # the kernel skips what is out of range
 _OLDEST = (8, 0)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# What fits the shared memory of every device from sm_80 on.
+MAX_RANK = 1024
+MAX_CHOICES = 256
 
 
 @functools.cache
@@ -38,42 +42,90 @@ def missing():
 
 
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    """expand(y, shrink(x)) with h in float32 scratch. Columns of x or y that do not lie side by side cost a copy."""
-    if x.dtype not in _DTYPES:
-        raise LorakernError(f"bgmv: x must be float16, bfloat16 or float32 on the CUDA backend; got {x.dtype}")
-    columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
-    target = _rows(columns)
-    _launch(target, _rows(x), A, B, indices, scale, ranks, gates, accumulate)
+    """expand(y, shrink(x)). Columns of x or y that do not lie side by side cost a copy."""
+    _run("bgmv", x, A, y, B, None, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+
+
+def shrink(h, x, A, indices, ranks, order, starts):
+    """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
+    h.zero_()
+    _run("shrink", x, A, None, (), h, indices, None, ranks, None, order, starts, 0, False)
+
+
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """y[t] (+)= sum_k gates[t, k] * scale[i] * B[i, :, :r] @ h[t, k, :r], slices side by side from y_offset."""
+    _run("expand", None, (), y, B, h, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+
+
+def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+    """The launches for x and A, y and B, or both; h is the caller's where one of the two is None."""
+    tensor = y if x is None else x
+    (tokens, choices), weights = indices.shape, A or B
+    slots, r_max = weights[0].shape[0], A[0].shape[1] if A else B[0].shape[2]
+    _check(op, tensor.dtype, r_max, choices)
+    if x is not None:
+        x = _rows(x)
+    columns = target = None
+    if y is not None:
+        columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+        target = _rows(columns)
+    with _on(tensor) as (device, stream):
+        module = _preloaded(device)
+        if tokens * choices <= module.UNPLANNED_PAIRS or (choices > 1 and x is None):
+            order = starts = None
+        elif order is None:
+            order, starts = plan(indices, slots)
+        sizes, dtype, d_in = (tokens, choices, slots, r_max), _DTYPES[tensor.dtype], 0 if x is None else x.shape[1]
+        routing = (
+            sizes,
+            (*_pointer(indices), indices.dtype == torch.int64),
+            _pointer(scale) if scale is not None else (0, 0),
+            (*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
+            _pointer(gates) if gates is not None else (0, 0, 0),
+            (0, 0) if order is None else (order.data_ptr(), starts.data_ptr()),
+        )
+        column = 0
+        for first in range(0, len(weights), module.MAX_SLICES):
+            some = slice(first, first + module.MAX_SLICES)
+            if h is None:
+                slices = len(weights[some])
+                planes = module.planes(device=device, dtype=dtype, sizes=sizes, d_in=d_in, num_slices=slices)
+                # From torch's allocator on this stream: no two streams share it, and a captured graph keeps its own.
+                scratch = torch.empty(planes * slices * tokens * choices * r_max, dtype=torch.float32, device=x.device)
+            else:
+                planes, scratch = 1, h[some]
+            module.bgmv(
+                device=device,
+                stream=stream,
+                dtype=dtype,
+                routing=routing,
+                d_in=d_in,
+                x=(0, 0) if x is None else (x.data_ptr(), x.stride(0)),
+                A=[_weight(a) for a in A[some]],
+                y=(0, 0) if y is None else (target.data_ptr() + column * target.element_size(), target.stride(0)),
+                B=[_weight(b) for b in B[some]],
+                h=scratch.data_ptr(),
+                num_planes=planes,
+                accumulate=accumulate,
+            )
+            column += sum(b.shape[1] for b in B[some])
     if target is not columns:
         columns.copy_(target)
 
 
-def _launch(y, x, A, B, indices, scale, ranks, gates, accumulate):
-    (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
-    with torch.cuda.device(x.device):
-        module = _preloaded(x.get_device())
-        # From torch's allocator on this stream: no two streams share it, and a captured graph keeps its own.
-        h = torch.empty(min(len(A), module.MAX_SLICES) * tokens * choices * r_max, dtype=torch.float32, device=x.device)
-        column = 0
-        for first in range(0, len(A), module.MAX_SLICES):
-            some = slice(first, first + module.MAX_SLICES)
-            module.bgmv(
-                device=x.get_device(),
-                stream=torch.cuda.current_stream().cuda_stream,
-                dtype=_DTYPES[x.dtype],
-                sizes=(tokens, choices, slots, r_max, d_in),
-                y=(y.data_ptr() + column * y.element_size(), y.stride(0)),
-                x=(x.data_ptr(), x.stride(0)),
-                A=[_weight(a) for a in A[some]],
-                B=[_weight(b) for b in B[some]],
-                h=h.data_ptr(),
-                indices=(*_pointer(indices), indices.dtype == torch.int64),
-                scale=_pointer(scale) if scale is not None else (0, 0),
-                ranks=(*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
-                gates=_pointer(gates) if gates is not None else (0, 0, 0),
-                accumulate=accumulate,
-            )
-            column += sum(b.shape[1] for b in B[some])
+def _check(op, dtype, r_max, choices):
+    if dtype not in _DTYPES:
+        raise LorakernError(f"{op}: the cuda backend takes float16, bfloat16 or float32; got {dtype}")
+    for name, size, most in (("a rank r_max", r_max, MAX_RANK), ("a number K of choices", choices, MAX_CHOICES)):
+        if size > most:
+            raise LorakernError(f"{op}: the cuda backend takes {name} up to {most}; got {size}. Triton takes any")
+
+
+@contextmanager
+def _on(tensor):
+    """Makes the tensor's device the current one: (its index, the address of its current stream)."""
+    with torch.cuda.device(tensor.device):
+        yield tensor.get_device(), torch.cuda.current_stream().cuda_stream
 
 
 def _rows(matrix):

@@ -1,0 +1,156 @@
+// launch.h for one dtype: which kernel, how many blocks to a group, how many groups.
+//
+// None of these choices changes a bit of the result: a token's sums have one order in every kernel (lora.cuh).
+#pragma once
+#include <initializer_list>
+
+#include "launch.h"
+#include "mixture.cuh"
+
+namespace lorakern::cuda {
+
+// Blocks that a multiprocessor has at a time in decode; a batch that makes fewer gets more blocks to a group.
+constexpr int kBlocksEach = 4;
+constexpr int kMaxGrid = 65535;  // in y and z
+
+template <typename T>
+struct Launcher {
+  const BgmvParams& p;
+  const Device& device;
+  cudaStream_t stream;
+
+  int64_t pairs() const { return p.routing.num_tokens * p.routing.num_choices; }
+
+  // Groups times slices that have something to do, at most.
+  int64_t work(int tokens) const {
+    return std::min(pairs(), pairs() / tokens + p.routing.num_slots) * p.num_slices;
+  }
+
+  template <int N>
+  int64_t bytes(int64_t blocks) const {
+    return layout_of<T, N>(p.routing.r_max, blocks).total;
+  }
+
+  // Pairs to a group: more where there are many, and what the shared memory holds.
+  int group_tokens() const {
+    if (pairs() > 1024 && bytes<64>(1) <= device.shared_bytes) return 64;
+    if (pairs() > 64 && bytes<32>(1) <= device.shared_bytes) return 32;
+    return 8;
+  }
+
+  // Blocks to a group, up to `most`: enough to fill the device, and each with a part of d_in.
+  template <int N>
+  int64_t blocks(int64_t most) const {
+    int64_t count = 1;
+    while (count * 2 <= most && work(N) * count * 2 <= int64_t{kBlocksEach} * device.multiprocessors &&
+           part_length(p.d_in) * kParts / (count * 2) > 0 && bytes<N>(count * 2) <= device.shared_bytes) {
+      count *= 2;
+    }
+    return count;
+  }
+
+  // Without clusters a group is one block; where that leaves the device idle, shrink is a launch of its own.
+  bool in_one_launch() const {
+    return device.max_cluster > 1 || work(group_tokens()) >= device.multiprocessors;
+  }
+
+  int planes() const {
+    if (p.routing.num_choices == 1 && in_one_launch()) return 0;
+    return in_one_launch() ? 1 : kParts;
+  }
+
+  template <int N>
+  cudaError_t lora(const BgmvParams& part, int64_t blocks, bool cluster) const {
+    const Groups groups = groups_of<N>(part.routing);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min<int64_t>(groups.count, kMaxGrid)),
+                          part.num_slices);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes<N>(blocks);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster && blocks > 1 ? 1 : 0;
+    return cudaLaunchKernelEx(&config, cuda::lora<T, N>, part, groups);
+  }
+
+  template <int N>
+  cudaError_t grouped() const {
+    const bool clusters = device.max_cluster > 1;
+    if (p.x == nullptr) return lora<N>(p, blocks<N>(kParts), false);
+    if (in_one_launch() || (p.y == nullptr && p.num_planes == 1)) {
+      return lora<N>(p, blocks<N>(clusters ? device.max_cluster : 1), true);
+    }
+    BgmvParams shrink = p, expand = p;
+    shrink.y = nullptr;
+    expand.x = nullptr;
+    if (cudaError_t error = lora<N>(shrink, blocks<N>(kParts), false)) return error;
+    return p.y == nullptr ? cudaSuccess : lora<N>(expand, blocks<N>(kParts), false);
+  }
+
+  cudaError_t grouped() const {
+    const int tokens = group_tokens();
+    return tokens == 64 ? grouped<64>() : tokens == 32 ? grouped<32>() : grouped<8>();
+  }
+
+  template <int N>
+  cudaError_t mixture() const {
+    int64_t columns = 0;
+    for (int slice = 0; slice < p.num_slices; ++slice) columns = std::max(columns, p.B[slice].rows);
+    constexpr int kColumns = MixtureShape<T, N>::kColumns;
+    cudaLaunchConfig_t config = {};
+    config.gridDim =
+        dim3(static_cast<unsigned>((columns + kColumns - 1) / kColumns),
+             static_cast<unsigned>(std::min<int64_t>((p.routing.num_tokens + N - 1) / N, kMaxGrid)), p.num_slices);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = MixtureShape<T, N>::bytes(p.routing.num_choices);
+    config.stream = stream;
+    return cudaLaunchKernelEx(&config, cuda::mixture<T, N>, p);
+  }
+
+  cudaError_t run() const {
+    if (pairs() == 0 || p.routing.num_slots == 0 || p.routing.r_max == 0) return cudaSuccess;  // no row has an adapter
+    if (p.routing.num_choices == 1 || p.y == nullptr) return grouped();
+    if (p.x != nullptr) {
+      BgmvParams shrink = p;
+      shrink.y = nullptr;
+      if (cudaError_t error = Launcher{shrink, device, stream}.grouped()) return error;
+    }
+    const bool many = p.routing.num_tokens > 64 && 32 * p.routing.num_choices <= 512 &&
+                      MixtureShape<T, 32>::bytes(p.routing.num_choices) <= device.shared_bytes;
+    return many ? mixture<32>() : mixture<8>();
+  }
+};
+
+template <typename T>
+cudaError_t launch_bgmv(const BgmvParams& p, const Device& device, cudaStream_t stream) {
+  return Launcher<T>{p, device, stream}.run();
+}
+
+template <typename T>
+int planes_of(const BgmvParams& p, const Device& device) {
+  return Launcher<T>{p, device, nullptr}.planes();
+}
+
+template <typename T>
+cudaError_t load_bgmv(Device* device) {
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(lora<T, 8>), reinterpret_cast<const void*>(lora<T, 32>),
+        reinterpret_cast<const void*>(lora<T, 64>), reinterpret_cast<const void*>(mixture<T, 8>),
+        reinterpret_cast<const void*>(mixture<T, 32>)}) {
+    cudaFuncAttributes attributes;
+    if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+    const int room = device->shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room)) return error;
+  }
+  if (device->max_cluster == 1) return cudaSuccess;
+  for (const void* kernel : {reinterpret_cast<const void*>(lora<T, 8>), reinterpret_cast<const void*>(lora<T, 32>),
+                             reinterpret_cast<const void*>(lora<T, 64>)}) {
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace lorakern::cuda
