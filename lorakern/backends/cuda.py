@@ -42,9 +42,7 @@ def missing():
 
 def plan(indices, num_slots):
     """Group pairs by slot, in one launch."""
-    order, starts = (
-        torch.empty(n, dtype=torch.int32, device=indices.device) for n in (indices.numel(), num_slots + 1)
-    )
+    order, starts = (torch.empty(n, dtype=torch.int32, device=indices.device) for n in (indices.numel(), num_slots + 1))
     with _on(indices) as (device, stream):
         _preloaded(device).plan(
             device=device,

@@ -1,0 +1,234 @@
+"""The gradients and the plan of the CUDA backend against the reference on the same device.
+
+LORAKERN_EMULATED_CUDA=1 runs it on CPU tensors and the emulator, as test_cuda.py.
+"""
+
+import os
+
+import pytest
+import torch
+from test_cuda import DEVICE, DTYPES, EMULATED, gpu, make_case, moved, ratio, same_bits
+
+from lorakern.backends import cuda, reference
+
+FACTOR_TOLERANCE = 2e-5  # of dscale and dgates: sums of float32 products that cancel
+
+
+def make_dy(case, seed=7):
+    random = torch.Generator().manual_seed(seed)
+    dy = torch.randn(case["x"].shape[0], sum(b.shape[1] for b in case["B"]), generator=random)
+    return dy.to(case["x"].dtype).to(DEVICE)
+
+
+def run(case, dy, order=None, starts=None):
+    return cuda.backward(dy, **case, order=order, starts=starts)
+
+
+def expected(case, dy):
+    """The same in float64."""
+    double = {name: case[name] if case[name] is None else case[name].double() for name in ("scale", "gates")}
+    weights = {name: [w.double() for w in case[name]] for name in ("A", "B")}
+    wide = {**case, "x": case["x"].double(), **weights, **double}
+    return reference.backward(dy.double(), **wide, order=None, starts=None)
+
+
+def flat(gradients):
+    dx, dA, dB, dscale, dgates = gradients
+    return [dx, *dA, *dB, *(d for d in (dscale, dgates) if d is not None)]
+
+
+def same(left, right):
+    return all(same_bits(a, b) for a, b in zip(flat(left), flat(right), strict=True))
+
+
+def check(case, tolerance):
+    dy = make_dy(case)
+    got, want = run(case, dy), expected(case, dy)
+    factors = sum(case[name] is not None for name in ("scale", "gates"))
+    assert (got[3] is None, got[4] is None) == (case["scale"] is None, case["gates"] is None)
+    pairs = list(zip(flat(got), flat(want), strict=True))
+    for i, (gradient, truth) in enumerate(pairs):
+        assert gradient.shape == truth.shape and gradient.is_contiguous()
+        bound = tolerance if i < len(pairs) - factors else FACTOR_TOLERANCE
+        assert torch.equal(gradient == 0, truth == 0) if not truth.any() else ratio(gradient, truth) < bound
+    for gradient, truth in pairs[1 : len(pairs) - factors]:  # of ranks that a slot does not have, and of unused slots
+        assert not gradient.flatten(1)[truth.flatten(1).any(dim=1).logical_not()].any()
+        assert not torch.isnan(gradient).any()
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_outs", "slots", "r_max", "choices"),
+    [
+        (1, 64, (64,), 1, 8, 1),
+        (5, 63, (5,), 3, 5, 2),
+        (63, 1000, (100, 37, 1), 8, 24, 1),
+        (9, 257, (129,), 4, 96, 4),
+        (33, 136, (136, 8, 8, 1, 16, 8, 24, 8, 40, 5), 5, 16, 2),  # more slices than one call takes
+        (2, 1, (1,), 2, 1, 1),
+        (300, 64, (2100,), 3, 32, 1),  # more than one plane
+        (64, 264, (200,), 64, 17, 1),
+    ],
+)
+def test_matches_reference(tokens, d_in, d_outs, slots, r_max, choices, dtype, tolerance):
+    check(make_case(tokens, d_in, d_outs, slots, r_max, dtype, choices=choices), tolerance)
+
+
+@gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_mixed_ranks(dtype, tolerance):
+    case = make_case(150, 136, (72, 40), 5, 96, dtype, choices=2, absent=("ranks",))
+    case["ranks"] = torch.tensor([24, 0, 1, 96, 5], device=DEVICE)
+    for slot, rank in enumerate(case["ranks"].tolist()):
+        for a, b in zip(case["A"], case["B"], strict=True):
+            a[slot, rank:], b[slot, :, rank:] = torch.nan, torch.inf
+    check(case, tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("popularity", ["uniform", "identical", "distinct", "skewed"])
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("absent", [("ranks", "scale", "gates"), ("ranks", "scale"), ("gates",)])
+def test_popularity_choices_and_optional_arguments(popularity, choices, absent):
+    check(
+        make_case(80, 140, (64, 33), 6, 16, torch.float32, choices=choices, absent=absent, popularity=popularity), 1e-6
+    )
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
+@pytest.mark.parametrize("choices", [1, 2])
+def test_a_token_alone_and_in_any_batch_and_again(dtype, choices):
+    case = make_case(137, 200, (1030, 40), 5, 24, dtype, choices=choices)
+    dy = make_dy(case)
+    whole = run(case, dy)
+    assert same(run(case, dy), whole)
+    for start, stop in ((0, 1), (17, 18), (30, 99), (5, 137)):
+        part = {**case, **{name: case[name][start:stop] for name in ("x", "indices", "gates")}}
+        dx, _, _, _, dgates = run(part, dy[start:stop])
+        assert same_bits(dx, whole[0][start:stop]) and same_bits(dgates, whole[4][start:stop])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
+def test_strides_and_alignment_do_not_change_a_bit(dtype):
+    case = make_case(40, 200, (64, 72), 4, 24, dtype, choices=2)
+    dy = make_dy(case)
+    want = run(case, dy)
+
+    def shifted(w):
+        roomy = torch.full((*w.shape[:-1], w.shape[-1] + 3), torch.nan, dtype=dtype, device=DEVICE)
+        roomy[..., 1:-2] = w
+        return roomy[..., 1:-2]
+
+    crooked = {name: [shifted(w) for w in case[name]] for name in ("A", "B")}
+    assert same(run({**case, "x": shifted(case["x"]), **crooked}, shifted(dy)), want)
+    assert same(run({**case, "x": case["x"].T.contiguous().T}, dy.repeat_interleave(2, dim=1)[:, ::2]), want)
+    gates, scale = torch.zeros(2, 40, 2, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
+    gates[:, :, 1], scale[:, 2] = case["gates"].T, case["scale"]
+    vectors = {"gates": gates[:, :, 1].T, "scale": scale[:, 2], "ranks": case["ranks"].long().repeat_interleave(2)[::2]}
+    indices = case["indices"].long().repeat_interleave(2, dim=1)[:, ::2]
+    indices = torch.where(indices < 0, 2**32, indices)  # slot 0 if it were cut to 32 bits
+    assert same(run({**case, **vectors, "indices": indices}, dy), want)
+
+
+@gpu
+def test_stride_zero_weights():
+    case = make_case(30, 72, (40,), 1, 8, torch.float32, absent=("ranks", "scale"))
+    shared = {**case, "A": [case["A"][0].expand(6, -1, -1)], "B": [case["B"][0].expand(6, -1, -1)]}
+    shared["indices"] = torch.arange(30, device=DEVICE)[:, None] % 7 - 1
+    check(shared, 1e-6)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
+def test_tokens_without_an_adapter_are_not_read(dtype):
+    case = make_case(70, 136, (40, 24), 3, 8, dtype)
+    absent = ~reference._has_adapter(case["indices"], 3, None)
+    dy = make_dy(case)
+    want = run(case, dy)
+    case["x"][absent], dy[absent] = torch.nan, torch.inf
+    got = run(case, dy)
+    assert same(got, want) and not got[0][absent].any()
+
+
+@gpu
+@pytest.mark.parametrize("choices", [1, 3])
+def test_infinities_of_other_adapters_do_not_spread(choices):
+    """A block multiplies tokens of several adapters one after the other."""
+    case = make_case(50, 136, (40,), 3, 8, torch.bfloat16, choices=choices, absent=("ranks",))
+    dy, hit = make_dy(case), (case["indices"] == 2).any(dim=1)
+    want = run(case, dy)
+    case["A"][0][2], case["B"][0][2] = torch.inf, torch.nan
+    got = run(case, dy)
+    assert same_bits(got[0][~hit], want[0][~hit]) and same_bits(got[1][0][:2], want[1][0][:2])
+
+
+@gpu
+def test_a_plan_of_other_indices_reads_nothing_outside():
+    case = make_case(90, 72, (40,), 5, 8, torch.float16, choices=2)
+    random = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        order = torch.randint(-(2**31), 2**31, (180,), generator=random, dtype=torch.int64).int().to(DEVICE)
+        starts = torch.randint(-(2**31), 2**31, (6,), generator=random, dtype=torch.int64).int().to(DEVICE)
+        run(case, make_dy(case), order, starts)
+    plan = reference.plan(case["indices"], 5)
+    assert same(run(case, make_dy(case), *plan), run(case, make_dy(case)))
+
+
+@gpu
+def test_nothing_to_do():
+    case = make_case(4, 32, (16,), 2, 8, torch.float32)
+    none = {**case, **{name: case[name][:0] for name in ("x", "indices", "gates")}}
+    for empty in (
+        none,
+        {**case, "indices": torch.full_like(case["indices"], -1)},
+        {**case, "ranks": torch.zeros_like(case["ranks"])},
+        {**case, "A": [case["A"][0][:, :0]], "B": [case["B"][0][:, :, :0]], "ranks": None},
+        {**case, "A": [case["A"][0][:0]], "B": [case["B"][0][:0]], "ranks": None, "scale": None},
+    ):
+        assert not any(gradient.any() for gradient in flat(run(empty, make_dy(empty))))
+
+
+@gpu
+@pytest.mark.skipif(not EMULATED, reason="the emulator alone has an order of threads to choose")
+def test_no_order_of_threads_matters(monkeypatch):
+    case = make_case(70, 136, (40, 24), 3, 24, torch.bfloat16, choices=2)
+    dy = make_dy(case)
+    want = run(case, dy)
+    for seed in (1, 2):
+        monkeypatch.setitem(os.environ, "LORAKERN_EMULATOR_SEED", str(seed))
+        assert same(run(case, dy), want)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_new_routing():
+    cases = [make_case(200, 256, (128, 64), 6, 24, torch.bfloat16, choices=2, seed=seed) for seed in range(3)]
+    static, dy = moved(cases[0], DEVICE), make_dy(cases[0])
+    static = {**static, "x": static["x"].clone(), **{name: static[name].clone() for name in ("indices", "gates")}}
+    run(static, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static, dy)
+    for case in (*cases, cases[0]):
+        for name in ("x", "indices", "gates"):
+            static[name].copy_(case[name])
+        graph.replay()
+        assert same(captured, run(static, dy))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    ("shape", "slots"),
+    [((0, 1), 5), ((1, 1), 1), ((63, 1), 5), ((20, 3), 5), ((5000, 2), 7), ((300, 1), 700), ((100, 1), 9000)],
+)
+def test_plan_is_that_of_the_reference(shape, slots, dtype):
+    random = torch.Generator().manual_seed(0)
+    indices = torch.randint(-2, slots + 2, shape, generator=random).to(dtype)
+    indices[::9] = torch.iinfo(dtype).max
+    indices = indices.T.contiguous().T.to(DEVICE)
+    for got, want in zip(cuda.plan(indices, slots), reference.plan(indices, slots), strict=True):
+        assert got.dtype == torch.int32 and torch.equal(got, want)
