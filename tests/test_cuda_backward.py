@@ -46,14 +46,11 @@ def check(case, tolerance):
     got, want = run(case, dy), expected(case, dy)
     factors = sum(case[name] is not None for name in ("scale", "gates"))
     assert (got[3] is None, got[4] is None) == (case["scale"] is None, case["gates"] is None)
-    pairs = list(zip(flat(got), flat(want), strict=True))
-    for i, (gradient, truth) in enumerate(pairs):
+    bounds = [tolerance] * (1 + 2 * len(case["A"])) + [FACTOR_TOLERANCE] * factors
+    for gradient, truth, bound in zip(flat(got), flat(want), bounds, strict=True):
         assert gradient.shape == truth.shape and gradient.is_contiguous()
-        bound = tolerance if i < len(pairs) - factors else FACTOR_TOLERANCE
-        assert torch.equal(gradient == 0, truth == 0) if not truth.any() else ratio(gradient, truth) < bound
-    for gradient, truth in pairs[1 : len(pairs) - factors]:  # of ranks that a slot does not have, and of unused slots
-        assert not gradient.flatten(1)[truth.flatten(1).any(dim=1).logical_not()].any()
-        assert not torch.isnan(gradient).any()
+        assert not gradient[truth == 0].any()  # of ranks that a slot does not have, and of unused slots
+        assert not truth.any() or ratio(gradient, truth) < bound
 
 
 @gpu
@@ -87,13 +84,11 @@ def test_mixed_ranks(dtype, tolerance):
 
 
 @gpu
-@pytest.mark.parametrize("popularity", ["uniform", "identical", "distinct", "skewed"])
-@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize(("popularity", "choices"), [("uniform", 1), ("identical", 1), ("distinct", 2), ("skewed", 3)])
 @pytest.mark.parametrize("absent", [("ranks", "scale", "gates"), ("ranks", "scale"), ("gates",)])
 def test_popularity_choices_and_optional_arguments(popularity, choices, absent):
-    check(
-        make_case(80, 140, (64, 33), 6, 16, torch.float32, choices=choices, absent=absent, popularity=popularity), 1e-6
-    )
+    options = {"choices": choices, "absent": absent, "popularity": popularity}
+    check(make_case(40, 140, (64, 33), 6, 16, torch.float32, **options), 1e-6)
 
 
 @gpu
@@ -113,7 +108,7 @@ def test_a_token_alone_and_in_any_batch_and_again(dtype, choices):
 @gpu
 @pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
 def test_strides_and_alignment_do_not_change_a_bit(dtype):
-    case = make_case(40, 200, (64, 72), 4, 24, dtype, choices=2)
+    case = make_case(20, 72, (40, 24), 4, 24, dtype, choices=2)
     dy = make_dy(case)
     want = run(case, dy)
 
@@ -125,7 +120,7 @@ def test_strides_and_alignment_do_not_change_a_bit(dtype):
     crooked = {name: [shifted(w) for w in case[name]] for name in ("A", "B")}
     assert same(run({**case, "x": shifted(case["x"]), **crooked}, shifted(dy)), want)
     assert same(run({**case, "x": case["x"].T.contiguous().T}, dy.repeat_interleave(2, dim=1)[:, ::2]), want)
-    gates, scale = torch.zeros(2, 40, 2, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
+    gates, scale = torch.zeros(2, 20, 2, device=DEVICE), torch.zeros(4, 3, device=DEVICE)
     gates[:, :, 1], scale[:, 2] = case["gates"].T, case["scale"]
     vectors = {"gates": gates[:, :, 1].T, "scale": scale[:, 2], "ranks": case["ranks"].long().repeat_interleave(2)[::2]}
     indices = case["indices"].long().repeat_interleave(2, dim=1)[:, ::2]
