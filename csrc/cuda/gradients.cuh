@@ -4,8 +4,12 @@
 
 namespace lorakern::cuda {
 
-constexpr int kPairs = 64;   // of one slot, in a block of back
-constexpr int kDepth = 64;   // of the tiles of back and outer: parts of d_out, pairs
+constexpr int kPairs = 64;  // of one slot, in a block of back
+
+// The depth of the tiles of back (columns of dy) and outer (pairs): what a thread has room for in registers.
+template <typename T>
+constexpr int kDepthOf = sizeof(T) == 4 ? 32 : 64;
+
 constexpr int kTokens = 32;  // in a block of inputs: one per lane
 constexpr int kRankDepth = 32;
 constexpr int kInputColumns = 128;
@@ -13,7 +17,7 @@ constexpr int kOuterColumns = 64;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-__host__ __device__ int64_t pairs_of(const Routing& r) { return r.num_tokens * r.num_choices; }
+inline __host__ __device__ int64_t pairs_of(const Routing& r) { return r.num_tokens * r.num_choices; }
 
 // Takes the coordinates of a block out of its number, the fastest first.
 struct Coordinates {
@@ -27,36 +31,32 @@ struct Coordinates {
 };
 
 // Whatever a plan holds, what it leads to is inside of the arrays.
-__device__ int start_of(const Routing& r, int64_t slot) {
+__device__ __forceinline__ int start_of(const Routing& r, int64_t slot) {
   return static_cast<int>(max(int64_t{0}, min(int64_t{r.plan.starts[slot]}, pairs_of(r))));
 }
 
-__device__ int pair_at(const Routing& r, int64_t position) {
+__device__ __forceinline__ int pair_at(const Routing& r, int64_t position) {
   return static_cast<int>(max(int64_t{0}, min(int64_t{r.plan.order[position]}, pairs_of(r) - 1)));
 }
 
-__device__ int token_of(const Routing& r, int pair) {
+__device__ __forceinline__ int token_of(const Routing& r, int pair) {
   return static_cast<int>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(r.num_choices));
 }
 
 template <typename T>
-__device__ const T* row_of(const Weight& weight, int64_t slot, int64_t row) {
+__device__ __forceinline__ const T* row_of(const Weight& weight, int64_t slot, int64_t row) {
   return static_cast<const T*>(weight.data) + slot * weight.slot_stride + row * weight.row_stride;
 }
 
-template <typename T>
-__device__ const T* row_of(const void* matrix, int64_t stride, int64_t row) {
-  return static_cast<const T*>(matrix) + row * stride;
-}
-
-__device__ int64_t slice_column(const BackwardParams& p, int slice) {  // where it begins in dy
+__device__ __forceinline__ int64_t slice_column(const BackwardParams& p, int slice) {  // where it begins in dy
   int64_t column = 0;
   for (int before = 0; before < slice; ++before) column += p.B[before].rows;
   return column;
 }
 
 // The factors of a pair in h or dh, and in a plane of dh.
-__device__ float* factors_of(const BackwardParams& p, float* factors, int slice, int64_t pair, int64_t plane = 0) {
+__device__ __forceinline__ float* factors_of(const BackwardParams& p, float* factors, int slice, int64_t pair,
+                                             int64_t plane = 0) {
   return factors + ((plane * p.num_slices + slice) * pairs_of(p.routing) + pair) * p.routing.r_max;
 }
 
@@ -64,11 +64,10 @@ struct PairTile {
   int slot, first, count;  // pairs order[first] .. order[first + count - 1]
 };
 
-int64_t num_pair_tiles(const Routing& r) { return pairs_of(r) / kPairs + r.num_slots; }
+inline int64_t num_pair_tiles(const Routing& r) { return pairs_of(r) / kPairs + r.num_slots; }
 
-// Slot i owns the tiles from starts[i] / kPairs + i on: room enough for all its pairs, found without counting the
-// others'.
-__device__ PairTile pair_tile(const Routing& r, int64_t tile) {
+// Slot i owns the tiles from starts[i] / kPairs + i on: room for all its pairs, found without counting those of others.
+__device__ __forceinline__ PairTile pair_tile(const Routing& r, int64_t tile) {
   int64_t slot = 0, end = r.num_slots;
   while (end - slot > 1) {
     const int64_t middle = (slot + end) / 2;
@@ -83,6 +82,7 @@ __device__ PairTile pair_tile(const Routing& r, int64_t tile) {
 // A plane of dh[p] = B^T dy[t].
 template <typename T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ BackwardParams p, int64_t blocks) {
+  constexpr int kDepth = kDepthOf<T>;
   using Tiles = Product<T, kPairs, kRanks, kDepth, false>;
   __shared__ typename Tiles::Shared shared;
   __shared__ int tokens[kPairs];
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
 
 // Zeros in a matrix whose rows are `stride` apart.
 template <typename T>
-__device__ void clear(T* to, int rows, int columns, int64_t stride) {
+__device__ __forceinline__ void clear(T* to, int rows, int columns, int64_t stride) {
   for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads)
     to[i / columns * stride + i % columns] = from_float<T>(0.0f);
 }
@@ -224,9 +224,13 @@ __device__ void clear(T* to, int rows, int columns, int64_t stride) {
 template <typename T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     outer(const __grid_constant__ BackwardParams p, int64_t blocks, int64_t column_tiles) {
+  constexpr int kDepth = kDepthOf<T>;
   using Tiles = Product<T, kRanks, kOuterColumns, kDepth, true>;
   __shared__ typename Tiles::Shared shared;
-  __shared__ int pairs[2][kDepth];  // of the tiles that are loaded next, and of those after them
+  struct Row {
+    int pair, token;
+  };
+  __shared__ Row next_rows[2][kDepth];  // of the tiles that are loaded next, and of those after them
   const Routing& r = p.routing;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     Coordinates at{block};
@@ -253,31 +257,35 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     Transfer<float, kDepth, kRanks> left;
     Transfer<T, kDepth, kOuterColumns> right;
-    const auto pair_after = [&](int64_t position) {
-      return position + threadIdx.x < end ? pair_at(r, position + threadIdx.x) : -1;
+    const int thread = static_cast<int>(threadIdx.x);
+    const auto row_after = [&](int64_t position) {
+      if (position + thread >= end) return Row{-1, 0};
+      const int pair = pair_at(r, position + thread);
+      return Row{pair, token_of(r, pair)};
     };
-    const auto load = [&](const int* of) {
-      left.load([&](int row) { return of[row] < 0 ? nullptr : factors_of(p, factors, slice, of[row]); }, first_rank,
-                rank);
-      right.load([&](int row) { return of[row] < 0 ? nullptr : rows + token_of(r, of[row]) * stride; }, first_column,
+    const auto load = [&](const Row* of) {
+      left.load([&](int row) { return of[row].pair < 0 ? nullptr : factors_of(p, factors, slice, of[row].pair); },
+                first_rank, rank);
+      right.load([&](int row) { return of[row].pair < 0 ? nullptr : rows + of[row].token * stride; }, first_column,
                  columns);
     };
     Tiles product;
-    if (threadIdx.x < kDepth) {
-      pairs[0][threadIdx.x] = pair_after(begin);
-      pairs[1][threadIdx.x] = pair_after(int64_t{begin} + kDepth);
+    if (thread < kDepth) {
+      next_rows[0][thread] = row_after(begin);
+      next_rows[1][thread] = row_after(int64_t{begin} + kDepth);
     }
     __syncthreads();
-    load(pairs[0]);
+    load(next_rows[0]);
     int turn = 0;
     for (int64_t depth = begin; depth < end; depth += kDepth, turn ^= 1) {
       left.template store<Tiles::kLeftStride>(shared.left);
       right.template store<Tiles::kRightStride>(shared.right);
       __syncthreads();
-      const int later = threadIdx.x < kDepth ? pair_after(depth + 2 * kDepth) : 0;
-      load(pairs[turn ^ 1]);
+      Row later;
+      if (thread < kDepth) later = row_after(depth + 2 * kDepth);
+      load(next_rows[turn ^ 1]);
       product.add(shared, static_cast<int>(min(end - depth, int64_t{kDepth})));
-      if (threadIdx.x < kDepth) pairs[turn][threadIdx.x] = later;
+      if (thread < kDepth) next_rows[turn][thread] = later;
       __syncthreads();
     }
 #pragma unroll
@@ -299,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    __syncthreads();  // before the next round overwrites pairs
+    __syncthreads();  // before the next round overwrites next_rows
   }
 }
 
