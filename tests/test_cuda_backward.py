@@ -161,6 +161,21 @@ def test_infinities_of_other_adapters_do_not_spread(choices):
 
 
 @gpu
+def test_infinities_of_tokens_stay_within_the_rank():
+    case = make_case(20, 72, (40,), 3, 8, torch.bfloat16)
+    case["ranks"], case["x"][:], dy = torch.tensor([5, 0, 3], device=DEVICE), torch.inf, make_dy(case)
+    _, (dA,), (dB,), _, _ = run(case, dy)
+    for slot, rank in enumerate(case["ranks"].tolist()):
+        assert not dA[slot, rank:].any() and not dB[slot, :, rank:].any()
+
+
+@gpu
+def test_more_slots_than_blocks():
+    """Blocks of the gradients of weights go from slot to slot."""
+    check(make_case(300, 40, (24,), 2500, 4, torch.float16), 1e-3)
+
+
+@gpu
 def test_a_plan_of_other_indices_reads_nothing_outside():
     case = make_case(90, 72, (40,), 5, 8, torch.float16, choices=2)
     random = torch.Generator().manual_seed(1)

@@ -307,7 +307,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    __syncthreads();  // before the next round overwrites next_rows
   }
 }
 
