@@ -42,5 +42,5 @@ def install(monkeypatch, arch=None):
     monkeypatch.setenv(ARCH, str(arch))
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(cuda, "_module", lambda: module(arch))
-    monkeypatch.setattr(cuda, "_on", _device_and_stream)
+    monkeypatch.setattr(cuda, "_on", _on)
     monkeypatch.setattr(cuda, "_preloaded", functools.cache(cuda._preloaded.__wrapped__))
