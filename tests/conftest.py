@@ -1,5 +1,6 @@
 """Shared test set-up: uninitialised memory is NaN, so that reading or leaving it shows."""
 
+import emulated_cuda as emulator
 import pytest
 import torch
 
@@ -16,6 +17,12 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """The CUDA backend takes CPU tensors and runs its kernels on the emulator of native/cuda."""
+    emulator.install(monkeypatch)
 
 
 def pytest_collection_modifyitems(items):

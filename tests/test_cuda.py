@@ -1,8 +1,10 @@
 """The CUDA backend by itself against the reference on the same device; test_gpu.py has what holds for any backend.
 
-What needs no device is at the end.
+LORAKERN_EMULATED_CUDA=1 runs it on CPU tensors and the emulator of native/cuda, as test_cuda_emulated.py does. What
+needs no device is at the end.
 """
 
+import os
 import types
 from unittest.mock import Mock
 
@@ -13,10 +15,11 @@ import lorakern as lk
 from lorakern.backends import cuda, reference
 from lorakern.errors import LorakernError
 
-DEVICE = "cuda"
+EMULATED = os.environ.get("LORAKERN_EMULATED_CUDA") == "1"
+DEVICE = "cpu" if EMULATED else "cuda"
 DTYPES = [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
 # A module that is missing where there is a device fails these tests instead of skipping them.
-gpu = pytest.mark.gpu
+gpu = pytest.mark.usefixtures("emulated_cuda") if EMULATED else pytest.mark.gpu
 
 
 def make_case(tokens, d_in, d_outs, slots, r_max, dtype, *, choices=1, absent=(), popularity="uniform", seed=0):
@@ -224,7 +227,7 @@ def test_float64_is_refused():
         run(case, make_y(case))
 
 
-@gpu
+@pytest.mark.gpu
 def test_offsets_past_two_to_the_31():
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of device memory")

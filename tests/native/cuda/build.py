@@ -78,6 +78,11 @@ def build_module():
     return build(sources, f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}")
 
 
+def build_samples():
+    """The path of the emulator's own kernels, for ctypes: right ones and wrong ones."""
+    return build([HERE / "planted.cu", HERE / "primitives.cu"], "samples.so")
+
+
 def load(path):
     """The module at a path; another copy of the file is another module, with state of its own."""
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
