@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lorakern.backends.crossover import Layer
 from lorakern.errors import LorakernError
 
 NAME = "cuda"
@@ -38,6 +39,28 @@ def missing():
     if newest < _OLDEST:
         return "device sm_{}{} is older than sm_{}{}".format(*newest, *_OLDEST)
     return None
+
+
+def refuses(op, layer):
+    """None, or why a layer is left to another backend."""
+    if op == "plan":
+        return None
+    if layer.dtype not in _DTYPES:
+        return f"takes float16, bfloat16 or float32; got {layer.dtype}"
+    for name, size, most in (
+        ("a rank r_max", layer.r_max, MAX_RANK),
+        ("a number K of choices", layer.choices, MAX_CHOICES),
+    ):
+        if size > most:
+            return f"takes {name} up to {most}; got {size}"
+    return None
+
+
+def warmup(layers, dtype, device, **options):
+    """Load the kernels on the device; none is compiled."""
+    with torch.cuda.device(device):
+        _preloaded(torch.cuda.current_device())
+    return 0
 
 
 def plan(indices, num_slots):
@@ -75,7 +98,8 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
     tensor = y if x is None else x
     (tokens, choices), weights = indices.shape, A or B
     slots, r_max = weights[0].shape[0], A[0].shape[1] if A else B[0].shape[2]
-    _check(op, tensor.dtype, r_max, choices)
+    if reason := refuses(op, Layer(tensor.dtype, r_max, choices)):
+        raise LorakernError(f"{op}: the cuda backend {reason}")
     if x is not None:
         x = _rows(x)
     columns = target = None
@@ -122,7 +146,6 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
 def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     """Gradients by x, every A, every B, scale and gates (the last two None where the input is None)."""
     (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
-    _check("backward", x.dtype, r_max, choices)
     dy, x = _rows(dy), _rows(x)
 
     def empty(*shape, dtype=torch.float32):
@@ -174,14 +197,6 @@ def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
 def _back_planes(columns):
     """Into how many parts, each of a block, the sum over d_out is cut: by the weights alone, or bits would follow T."""
     return min(4, max(1, -(-columns // 1024)))
-
-
-def _check(op, dtype, r_max, choices):
-    if dtype not in _DTYPES:
-        raise LorakernError(f"{op}: the cuda backend takes float16, bfloat16 or float32; got {dtype}")
-    for name, size, most in (("a rank r_max", r_max, MAX_RANK), ("a number K of choices", choices, MAX_CHOICES)):
-        if size > most:
-            raise LorakernError(f"{op}: the cuda backend takes {name} up to {most}; got {size}. Triton takes any")
 
 
 @contextmanager
