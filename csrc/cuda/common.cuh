@@ -36,9 +36,19 @@ __device__ __forceinline__ int64_t element(const IntArray& array, int64_t offset
   return array.wide ? static_cast<const int64_t*>(array.data)[offset] : static_cast<const int32_t*>(array.data)[offset];
 }
 
+struct TokenChoice {
+  int64_t token, choice;
+};
+
+__device__ __forceinline__ TokenChoice split(const Routing& r, int64_t pair) {
+  // 32 bits, which divide many times faster, hold every pair: a plan numbers them so
+  const uint32_t p = static_cast<uint32_t>(pair), choices = static_cast<uint32_t>(r.num_choices);
+  return {p / choices, p % choices};
+}
+
 // The slot of a pair (token t, choice k; p = t * K + k), or -1 where it has none.
 __device__ __forceinline__ int slot_of(const Routing& r, int64_t pair) {
-  const int64_t token = pair / r.num_choices, choice = pair % r.num_choices;
+  const auto [token, choice] = split(r, pair);
   const int64_t slot = element(r.indices, token * r.indices_token_stride + choice * r.indices_choice_stride);
   return slot < 0 || slot >= r.num_slots ? -1 : static_cast<int>(slot);
 }
@@ -53,7 +63,8 @@ __device__ __forceinline__ int rank_of(const Routing& r, int slot) {
 
 __device__ __forceinline__ float gate_of(const Routing& r, int64_t pair) {
   if (r.gates == nullptr) return 1.0f;
-  return r.gates[pair / r.num_choices * r.gates_token_stride + pair % r.num_choices * r.gates_choice_stride];
+  const auto [token, choice] = split(r, pair);
+  return r.gates[token * r.gates_token_stride + choice * r.gates_choice_stride];
 }
 
 __device__ __forceinline__ float scale_of(const Routing& r, int slot) {

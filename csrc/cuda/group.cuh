@@ -91,7 +91,7 @@ __device__ Group find_group(const Routing& r, int64_t number, int step, Members<
   __syncthreads();
   if (static_cast<int>(threadIdx.x) < group.count) {
     const int pair = members.pair[threadIdx.x];
-    members.token[threadIdx.x] = pair / r.num_choices;
+    members.token[threadIdx.x] = split(r, pair).token;
     members.factor[threadIdx.x] = gate_of(r, pair) * scale_of(r, group.slot);
   }
   __syncthreads();

@@ -9,9 +9,29 @@
 
 namespace lorakern::cuda {
 
-// Blocks that a multiprocessor has at a time in decode; a batch that makes fewer gets more blocks to a group.
-constexpr int kBlocksEach = 4;
-constexpr int kMaxGrid = 65535;  // in y and z
+// Groups are split until there are about this many blocks to a multiprocessor. Up to four are there at a time; more
+// of them, and so smaller ones, leave less of a last round to wait for.
+constexpr int kBlocksEach = 6;
+
+constexpr int kPortableCluster = 8;
+
+// A launch of `blocks` blocks for each z, `cluster` of them to a cluster.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+
+  ClusterLaunch(int64_t blocks, int64_t cluster, int z, int shared_bytes, cudaStream_t stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = dim3(static_cast<unsigned>(blocks), 1, static_cast<unsigned>(z));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // config points into it
+};
 
 template <typename T>
 struct Launcher {
@@ -38,12 +58,12 @@ struct Launcher {
     return 8;
   }
 
-  // Blocks to a group, up to `most`: enough to fill the device, and each with a part of d_in.
+  // Blocks to a group, up to `most`: enough to fill the device, most of them with columns of d_in.
   template <int N>
   int64_t blocks(int64_t most) const {
     int64_t count = 1;
     while (count * 2 <= most && work(N) * count * 2 <= int64_t{kBlocksEach} * device.multiprocessors &&
-           part_length(p.d_in) * kParts / (count * 2) > 0 && bytes<N>(count * 2) <= device.shared_bytes) {
+           (p.x == nullptr || part_length(p.d_in) * kParts / 2 < p.d_in) && bytes<N>(count * 2) <= device.shared_bytes) {
       count *= 2;
     }
     return count;
@@ -62,18 +82,8 @@ struct Launcher {
   template <int N>
   cudaError_t lora(const BgmvParams& part, int64_t blocks, bool cluster) const {
     const Groups groups = groups_of<N>(part.routing);
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min<int64_t>(groups.count, kMaxGrid)),
-                          part.num_slices);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes<N>(blocks);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = cluster && blocks > 1 ? 1 : 0;
-    return cudaLaunchKernelEx(&config, cuda::lora<T, N>, part, groups);
+    ClusterLaunch launch(groups.count * blocks, cluster ? blocks : 1, part.num_slices, bytes<N>(blocks), stream);
+    return cudaLaunchKernelEx(&launch.config, cuda::lora<T, N>, part, static_cast<int>(blocks), groups.step);
   }
 
   template <int N>
@@ -101,9 +111,8 @@ struct Launcher {
     for (int slice = 0; slice < p.num_slices; ++slice) columns = std::max(columns, p.B[slice].rows);
     constexpr int kColumns = MixtureShape<T, N>::kColumns;
     cudaLaunchConfig_t config = {};
-    config.gridDim =
-        dim3(static_cast<unsigned>((columns + kColumns - 1) / kColumns),
-             static_cast<unsigned>(std::min<int64_t>((p.routing.num_tokens + N - 1) / N, kMaxGrid)), p.num_slices);
+    config.gridDim = dim3(static_cast<unsigned>((p.routing.num_tokens + N - 1) / N),
+                          static_cast<unsigned>((columns + kColumns - 1) / kColumns), p.num_slices);
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = MixtureShape<T, N>::bytes(p.routing.num_choices);
     config.stream = stream;
@@ -145,10 +154,16 @@ cudaError_t load_bgmv(Device* device) {
     const int room = device->shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room)) return error;
   }
-  if (device->max_cluster == 1) return cudaSuccess;
-  for (const void* kernel : {reinterpret_cast<const void*>(lora<T, 8>), reinterpret_cast<const void*>(lora<T, 32>),
-                             reinterpret_cast<const void*>(lora<T, 64>)}) {
+  for (auto kernel : {lora<T, 8>, lora<T, 32>, lora<T, 64>}) {
+    if (device->max_cluster <= kPortableCluster) break;
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
+    // not every device, or part of one, has that many multiprocessors side by side
+    ClusterLaunch launch(device->max_cluster, device->max_cluster, 1, layout_of<T, 32>(kRankTile, kParts).total, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess || clusters == 0) {
+      cudaGetLastError();
+      device->max_cluster = kPortableCluster;
+    }
   }
   return cudaSuccess;
 }

@@ -1,12 +1,12 @@
 // shrink, expand, or both in one launch, for pairs grouped by slot; up to N pairs and one slice to a group.
 //
-//   shrink  h = A x   d_in is cut into kParts parts, which follow from d_in alone. The blocks of a group (gridDim.x,
-//                     a power of two up to kParts) take as many parts each; a part is one chain of multiply-adds in a
+//   shrink  h = A x   d_in is cut into kParts parts, which follow from d_in alone. The blocks of a group (
+//                     power of two up to kParts) take as many parts each; a part is one chain of multiply-adds in a
 //                     warp, and the parts are added as ((p0 + p1) + p2) + p3 and likewise four of those. So the bits
 //                     of a token's h depend on nothing but its own x and A.
 //   reduce            with several blocks to a group, those are a cluster: they send their sums to the block that owns
 //                     a share of h, and that one sends the finished share to all, through shared memory.
-//   expand  y += B h  every block takes each gridDim.x-th tile of columns.
+//   expand  y += B h  every block takes every blocks-th tile of columns.
 //
 // One pipeline of kStages tiles runs through both halves: the first tiles of B are on their way while h is finished.
 // Where there are no clusters and too few groups, shrink leaves its parts in planes of h, and a second launch adds them
@@ -123,6 +123,7 @@ struct LoraBlock {
   bool plane_sums;  // leave the parts in planes of h
   bool a_aligned, x_aligned, b_aligned, y_aligned;
   int received_at, h_at;         // in dynamic shared memory
+  int log_share;                 // of a block in a rank tile of h: a power of two
   int stride;                    // of h in shared memory, in floats
   int part;                      // columns of d_in in one part
   int own_parts, rounds, pieces, shrink_stages;
@@ -134,13 +135,14 @@ struct LoraBlock {
   T* y;
   Planes planes;
 
-  __device__ void set(const BgmvParams& p, const Group& g, const Members<N>* m, const Layout& layout) {
+  __device__ void set(const BgmvParams& p, const Group& g, const Members<N>* m, int count) {
     const int slice = blockIdx.z;
+    const Layout layout = layout_of<T, N>(p.routing.r_max, count);
     const Weight &A = p.A[slice], &B = p.B[slice];
     group = g;
     members = m;
-    blocks = gridDim.x;
-    block = blockIdx.x;
+    blocks = count;
+    block = blockIdx.x % count;
     shrinks = p.x != nullptr;
     expands = p.y != nullptr;
     accumulate = p.accumulate;
@@ -148,6 +150,7 @@ struct LoraBlock {
     plane_sums = !expands && p.num_planes > 1;
     received_at = layout.received;
     h_at = layout.h;
+    log_share = __ffs(R * N / count) - 1;
     stride = h_stride(p.routing.r_max);
     part = static_cast<int>(part_length(p.d_in));
     own_parts = kParts / blocks;
@@ -234,7 +237,6 @@ struct LoraBlock {
     if (!shrinks) read_planes();
     if (expands) expand(ahead);
     wait_copies<0>();
-    __syncthreads();
   }
 
   // Stage i has arrived, for every thread, and nobody reads the one before it any more.
@@ -306,13 +308,12 @@ struct LoraBlock {
   // Value `index` of the (16 or 4) that h is the sum of: to the block that adds them up, or to its plane.
   template <int kTiles>
   __device__ void send(const Sums<kTiles>& sums, int index, int first_rank, int m, int n) {
-    const int share = R * N / blocks;
     each<kTiles>(m, n, [&](int rank, int token, int t, int e) {
       if (plane_sums) {
         if (token < group.count) write_h(index, first_rank + rank, token, sums[t][e]);
       } else {
         const int place = token * R + rank;
-        store_shared_of(place / share, received() + index * share + place % share, sums[t][e]);
+        store_shared_of(place >> log_share, received() + (index << log_share) + (place & ((1 << log_share) - 1)), sums[t][e]);
       }
     });
   }
@@ -332,7 +333,7 @@ struct LoraBlock {
   // The blocks add up what they received and send it to all.
   __device__ void reduce(int first_rank, bool parts) {
     cluster_sync();
-    const int share = R * N / blocks;
+    const int share = 1 << log_share;
     for (int e = threadIdx.x * 4; e < share; e += kThreads * 4) {
       auto value = [&](int i) { return *reinterpret_cast<const float4*>(received() + i * share + e); };
       auto four = [&](int i) { return plus(plus(plus(value(i), value(i + 1)), value(i + 2)), value(i + 3)); };
@@ -413,29 +414,27 @@ struct LoraBlock {
 
 template <int R, typename T, int N>
 __device__ __forceinline__ void run(char* place, const BgmvParams& p, const Group& group, const Members<N>* members,
-                                    const Layout& layout) {
+                                    int blocks) {
   auto& block = *reinterpret_cast<LoraBlock<T, N, R>*>(place);
-  if (threadIdx.x == 0) block.set(p, group, members, layout);
+  if (threadIdx.x == 0) block.set(p, group, members, blocks);
   __syncthreads();
   block.run();
 }
 
-// The groups of the batch, each by the blocks of one blockIdx.y.
+// blockIdx.x: the blocks of a group side by side, group after group; blockIdx.z: the slice.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : N <= 32 ? 3 : 2) lora(const __grid_constant__ BgmvParams p, Groups groups) {
+__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : N <= 32 ? 3 : 2)
+    lora(const __grid_constant__ BgmvParams p, int blocks, int step) {
   __shared__ Members<N> members;
   __shared__ __align__(16) char block[sizeof(LoraBlock<T, N, 16>)];
-  const Layout layout = layout_of<T, N>(p.routing.r_max, gridDim.x);
-  for (int64_t number = blockIdx.y; number < groups.count; number += gridDim.y) {
-    const Group group = find_group<N>(p.routing, number, groups.step, members);
-    if (group.count == 0) continue;
-    if (group.rank <= 16) {
-      run<16, T, N>(block, p, group, &members, layout);
-    } else if (group.rank <= 32) {
-      run<32, T, N>(block, p, group, &members, layout);
-    } else {
-      run<64, T, N>(block, p, group, &members, layout);
-    }
+  const Group group = find_group<N>(p.routing, blockIdx.x / blocks, step, members);
+  if (group.count == 0) return;
+  if (group.rank <= 16) {
+    run<16, T, N>(block, p, group, &members, blocks);
+  } else if (group.rank <= 32) {
+    run<32, T, N>(block, p, group, &members, blocks);
+  } else {
+    run<64, T, N>(block, p, group, &members, blocks);
   }
 }
 

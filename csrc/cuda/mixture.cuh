@@ -204,18 +204,15 @@ struct MixtureBlock {
     Y::template store<16>(y_tile, warp * 16, tokens, y_aligned, [&](int token) -> RunOut<T> {
       return {y + (first_token + token) * p.y_stride + warp * 16, is_served(token) ? columns() - warp * 16 : 0};
     });
-    __syncthreads();
   }
 };
 
-// blockIdx.x: 64 columns of slice blockIdx.z, blockIdx.y: N tokens.
+// blockIdx.x: N tokens, blockIdx.y: 64 columns of slice blockIdx.z.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : 2) mixture(const __grid_constant__ BgmvParams p) {
-  const int64_t first_column = int64_t{blockIdx.x} * MixtureShape<T, N>::kColumns;
+__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : 3) mixture(const __grid_constant__ BgmvParams p) {
+  const int64_t first_column = int64_t{blockIdx.y} * MixtureShape<T, N>::kColumns;
   if (first_column >= p.B[blockIdx.z].rows) return;
-  for (int64_t first = int64_t{blockIdx.y} * N; first < p.routing.num_tokens; first += int64_t{gridDim.y} * N) {
-    MixtureBlock<T, N>(p, first, first_column).run();
-  }
+  MixtureBlock<T, N>(p, int64_t{blockIdx.x} * N, first_column).run();
 }
 
 }  // namespace lorakern::cuda

@@ -153,7 +153,7 @@ __device__ __forceinline__ void multiply_tiles(Sums<kTiles>& sums, char* weights
   const int lane = threadIdx.x % kWarp;
   if constexpr (std::is_same<T, float>::value) {
     const int g = lane / 4, t = lane % 4;
-#pragma unroll 4
+#pragma unroll(kTiles > 1 ? 1 : 4)
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       const float4 upper = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g, chunk));
       const float4 lower = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g + 8, chunk));
@@ -216,7 +216,7 @@ __device__ __forceinline__ void multiply_h(Sums<kTiles>& sums, char* weights, in
   using Layout = Tile<T, kColumns>;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   if constexpr (std::is_same<T, float>::value) {
-#pragma unroll 4
+#pragma unroll(kTiles > 1 ? 1 : 4)
     for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
       if (chunk >= 4 * steps) break;
       const float4 upper = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g, chunk));
