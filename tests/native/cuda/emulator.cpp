@@ -403,6 +403,8 @@ void meet_cluster(Site site) {
   machine.current->fiber.pause();
 }
 
+size_t static_shared() { return find_static_shared().size; }
+
 uint32_t lane() { return machine.current->lane; }
 uint32_t cluster_rank() { return machine.current->block->rank; }
 uint32_t cluster_size() { return machine.cluster_blocks; }
