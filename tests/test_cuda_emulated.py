@@ -152,10 +152,11 @@ def test_a_planted_mistake_fails_the_launch(monkeypatch, copies, name):
     [
         (90, 4, 128, 48 << 10, 0, 0, None),
         (90, 4, 128, (48 << 10) + 1, 0, 0, "invalid argument"),
-        (90, 4, 128, 227 << 10, 4, 227 << 10, None),
-        (90, 4, 128, 0, 0, (227 << 10) + 1, "invalid argument"),
-        (80, 4, 128, 163 << 10, 0, 163 << 10, None),
-        (80, 4, 128, 0, 0, 164 << 10, "invalid argument"),
+        (90, 4, 128, 220 << 10, 4, 220 << 10, None),
+        # The limit is of dynamic and static shared memory together.
+        (90, 4, 128, 0, 0, 227 << 10, "invalid argument"),
+        (80, 4, 128, 160 << 10, 0, 160 << 10, None),
+        (80, 4, 128, 0, 0, 163 << 10, "invalid argument"),
         (80, 4, 128, 0, 2, 0, "operation not supported"),
         (90, 6, 128, 0, 4, 0, "invalid cluster size"),
         (90, 16, 128, 0, 16, 0, "invalid cluster size"),

@@ -110,12 +110,14 @@ struct Block {
   Range dynamic;
   std::vector<char> statics;  // while another block of the cluster runs
   bool started;
-  int ready, at_barrier, votes, result, exited;
+  int ready, exited;
+  int at_barrier, votes, result;
+  Thread* first_at_barrier;
 };
 
 struct Machine {
   const Launch* launch = nullptr;
-  bool late = true;
+  bool late = true, clusters = true;  // clusters: does this arch have them?
   Random random{0};
   Range static_shared;
   std::vector<std::unique_ptr<Block>> blocks;  // of one cluster; kept from cluster to cluster
@@ -155,7 +157,9 @@ void wait_as(State state, const char* what, Site site) {
 }
 
 void check_same(const Thread& a, const Thread& b, bool same_site) {
-  if (strcmp(a.what, b.what) == 0 && a.mask == b.mask && (!same_site || a.site.line == b.site.line)) return;
+  if ((a.what == b.what || strcmp(a.what, b.what) == 0) && a.mask == b.mask &&
+      (!same_site || a.site.line == b.site.line))
+    return;
   fail(b.site, "%s, while thread %s of the block is at %s (%s)%s", b.what, describe(a.index).c_str(), a.what,
        describe(a.site).c_str(), a.mask == b.mask ? "" : " with another mask");
 }
@@ -254,10 +258,9 @@ int pick_warp(const Block& block) {
 }
 
 int pick_lane(uint32_t ready) {
-  for (int skip = static_cast<int>(machine.random.below(__builtin_popcount(ready))); skip > 0; --skip) {
-    ready &= ready - 1;
-  }
-  return __builtin_ctz(ready);
+  const int first = static_cast<int>(machine.random.below(kLanes));
+  const uint32_t from_first = ready >> first;
+  return from_first ? first + __builtin_ctz(from_first) : __builtin_ctz(ready);
 }
 
 // Who waits where, when nobody can go on.
@@ -377,14 +380,8 @@ int meet_block(const char* what, Site site, bool predicate) {
   Block& block = *me.block;
   wait_as(State::kAtBlock, what, site);
   me.mask = 0;
-  if (block.at_barrier > 0) {
-    for (Thread* t : block.threads) {
-      if (t != &me && t->state == State::kAtBlock) {
-        check_same(*t, me, true);
-        break;
-      }
-    }
-  }
+  if (block.at_barrier == 0) block.first_at_barrier = &me;
+  check_same(*block.first_at_barrier, me, true);
   block.votes += predicate;
   if (++block.at_barrier == static_cast<int>(block.threads.size())) {
     block.result = block.votes;
@@ -396,7 +393,7 @@ int meet_block(const char* what, Site site, bool predicate) {
 }
 
 void meet_cluster(Site site) {
-  if (arch() < 90) {
+  if (!machine.clusters) {
     meet_block("cluster_sync", site, false);
     return;
   }
@@ -405,6 +402,8 @@ void meet_cluster(Site site) {
   release_cluster();
   machine.current->fiber.pause();
 }
+
+size_t static_shared() { return find_static_shared().size; }
 
 uint32_t lane() { return machine.current->lane; }
 uint32_t cluster_rank() { return machine.current->block->rank; }
@@ -478,6 +477,7 @@ const char* run(const Launch& launch) {
   const char* copies = getenv("LORAKERN_EMULATOR_COPIES");
   machine.launch = &launch;
   machine.late = !copies || strcmp(copies, "early") != 0;
+  machine.clusters = arch() >= 90;
   machine.random = Random(setting("LORAKERN_EMULATOR_SEED", 0));
   machine.static_shared = find_static_shared();
   machine.error.clear();

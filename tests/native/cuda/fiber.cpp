@@ -66,8 +66,11 @@ static void switch_context(Context& save, Context& load) { lorakern_emulator_swi
 
 static void make_context(Context& context, const Pages& stack, void (*entry)()) {
   constexpr int kSaved = 6;
-  auto* top = reinterpret_cast<uintptr_t*>(stack.end()) - 3;  // aligned as after a call
-  top[0] = 0;                                                 // the return address of entry: the stack ends here
+  // Stacks that begin at the same place of a page would compete for the same lines of the cache.
+  static unsigned color = 0;
+  char* begin = stack.end() - color++ % (kPage / 64) * 64;
+  auto* top = reinterpret_cast<uintptr_t*>(begin) - 3;  // aligned as after a call
+  top[0] = 0;                                           // the return address of entry: the stack ends here
   top[-1] = reinterpret_cast<uintptr_t>(entry);
   for (int i = 0; i < kSaved; ++i) top[-2 - i] = 0;
   context = top - 1 - kSaved;
