@@ -72,11 +72,13 @@ __global__ void __launch_bounds__(kThreads) scales(const __grid_constant__ Backw
 }
 
 template <typename Kernel, typename... Arguments>
-cudaError_t launch(Kernel kernel, int64_t blocks, cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(Kernel kernel, int64_t blocks, size_t shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(std::min(blocks, kMaxGrid)));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
@@ -92,12 +94,15 @@ cudaError_t launch_with_ranks(const BackwardParams& p, cudaStream_t stream) {
   const int64_t outer_blocks = rank_tiles * column_tiles * 2 * p.num_slices * r.num_slots;
   const int64_t input_blocks = ceil_div(p.d_in, kInputColumns) * ceil_div(r.num_tokens, kTokens);
   const int64_t slots = p.dscale != nullptr && p.last_call ? r.num_slots : 0;
-  cudaError_t error = launch(back<T, kRanks>, r.num_slots == 0 ? 0 : back_blocks, stream, p, back_blocks);
-  if (!error) error = launch(finish<T>, ceil_div(pairs, kWarps), stream, p);
-  if (!error) error = launch(scales, slots, stream, p);
-  if (!error) error = launch(inputs<T>, p.dx == nullptr ? 0 : input_blocks, stream, p, input_blocks);
+  cudaError_t error = launch(back<T, kRanks>, r.num_slots == 0 ? 0 : back_blocks, sizeof(BackShared<T, kRanks>), stream,
+                             p, back_blocks);
+  if (!error) error = launch(finish<T>, ceil_div(pairs, kWarps), 0, stream, p);
+  if (!error) error = launch(scales, slots, 0, stream, p);
   if (!error)
-    error = launch(outer<T, kRanks>, std::min(outer_blocks, kOuterGrid), stream, p, outer_blocks, column_tiles);
+    error = launch(inputs<T>, p.dx == nullptr ? 0 : input_blocks, sizeof(InputsShared<T>), stream, p, input_blocks);
+  if (!error)
+    error = launch(outer<T, kRanks>, std::min(outer_blocks, kOuterGrid), sizeof(OuterShared<T, kRanks>), stream, p,
+                   outer_blocks, column_tiles);
   return error;
 }
 

@@ -79,13 +79,20 @@ __device__ __forceinline__ PairTile pair_tile(const Routing& r, int64_t tile) {
   return {static_cast<int>(slot), static_cast<int>(first), static_cast<int>(count)};
 }
 
+template <typename T, int kRanks>
+struct BackShared {
+  using Tiles = Product<T, kPairs, kRanks, kDepthOf<T>, false>;
+  typename Tiles::Shared tiles;
+  int tokens[kPairs];
+};
+
 // A plane of dh[p] = B^T dy[t].
 template <typename T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ BackwardParams p, int64_t blocks) {
+  using Shared = BackShared<T, kRanks>;
+  using Tiles = typename Shared::Tiles;
   constexpr int kDepth = kDepthOf<T>;
-  using Tiles = Product<T, kPairs, kRanks, kDepth, false>;
-  __shared__ typename Tiles::Shared shared;
-  __shared__ int tokens[kPairs];
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const Routing& r = p.routing;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     Coordinates at{block};
@@ -99,24 +106,26 @@ __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ Back
     if (tile.count <= 0 || first_rank >= rank) continue;
 
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kPairs) tokens[thread] = thread < tile.count ? token_of(r, pair_at(r, tile.first + thread)) : -1;
+    if (thread < kPairs)
+      shared.tokens[thread] = thread < tile.count ? token_of(r, pair_at(r, tile.first + thread)) : -1;
     __syncthreads();
     const T* dy = static_cast<const T*>(p.dy) + slice_column(p, slice);
     typename Tiles::Left left;
     Transfer<T, kDepth, kRanks> right;
     const auto load = [&](int64_t depth) {
-      left.load([&](int row) { return tokens[row] < 0 ? nullptr : dy + tokens[row] * p.dy_stride; }, depth, end);
+      left.load([&](int row) { return shared.tokens[row] < 0 ? nullptr : dy + shared.tokens[row] * p.dy_stride; },
+                depth, end);
       right.load([&](int row) { return depth + row < end ? row_of<T>(weight, tile.slot, depth + row) : nullptr; },
                  first_rank, rank);
     };
     Tiles product;
     load(begin);
     for (int64_t depth = begin; depth < end; depth += kDepth) {
-      left.template store<Tiles::kLeftStride>(shared.left);
-      right.template store<Tiles::kRightStride>(shared.right);
+      left.template store<Tiles::kLeftStride>(shared.tiles.left);
+      right.template store<Tiles::kRightStride>(shared.tiles.right);
       __syncthreads();
       load(depth + kDepth);
-      product.add(shared, static_cast<int>(min(end - depth, int64_t{kDepth})));
+      product.add(shared.tiles, static_cast<int>(min(end - depth, int64_t{kDepth})));
       __syncthreads();
     }
 #pragma unroll
@@ -133,12 +142,18 @@ __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ Back
   }
 }
 
+template <typename T>
+struct InputsShared {
+  using Tiles = Product<T, kTokens, kInputColumns, kRankDepth, false>;
+  typename Tiles::Shared tiles;
+  int tokens[kTokens];
+};
+
 // dx[t] = the sum over k and slices of A^T (f dh).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ BackwardParams p, int64_t blocks) {
-  using Tiles = Product<T, kTokens, kInputColumns, kRankDepth, false>;
-  __shared__ typename Tiles::Shared shared;
-  __shared__ int tokens[kTokens];
+  using Tiles = typename InputsShared<T>::Tiles;
+  auto& shared = *reinterpret_cast<InputsShared<T>*>(dynamic_shared());
   const Routing& r = p.routing;
   const int lane = threadIdx.x % kWarp;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -149,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
     const int token = position >= r.num_tokens ? -1
                       : r.num_choices == 1     ? pair_at(r, position)
                                                : static_cast<int>(position);
-    if (threadIdx.x < kTokens) tokens[lane] = token;
+    if (threadIdx.x < kTokens) shared.tokens[lane] = token;
     __syncthreads();
 
     Tiles product;
@@ -159,8 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
 #pragma unroll
         for (int j = 0; j < Tiles::kColumnsPerLane; ++j) {
           const int64_t column = first_column + Tiles::column(j);
-          if (tokens[Tiles::row(i)] >= 0 && column < p.d_in)
-            product.at(i, j) = p.dx_sum[tokens[Tiles::row(i)] * p.d_in + column];
+          if (shared.tokens[Tiles::row(i)] >= 0 && column < p.d_in)
+            product.at(i, j) = p.dx_sum[shared.tokens[Tiles::row(i)] * p.d_in + column];
         }
       }
     }
@@ -178,15 +193,16 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
             Transfer<T, kRankDepth, kInputColumns> right;
             left.load(
                 [&](int row) {
-                  return served >> row & 1 ? factors_of(p, p.dh, slice, tokens[row] * r.num_choices + choice) : nullptr;
+                  return served >> row & 1 ? factors_of(p, p.dh, slice, shared.tokens[row] * r.num_choices + choice)
+                                           : nullptr;
                 },
                 first, rank);
             right.load([&](int row) { return first + row < rank ? row_of<T>(p.A[slice], slot, first + row) : nullptr; },
                        first_column, p.d_in);
-            left.template store<Tiles::kLeftStride>(shared.left);
-            right.template store<Tiles::kRightStride>(shared.right);
+            left.template store<Tiles::kLeftStride>(shared.tiles.left);
+            right.template store<Tiles::kRightStride>(shared.tiles.right);
             __syncthreads();
-            product.add(shared, min(rank - first, kRankDepth), served >> Tiles::row(0) & 1,
+            product.add(shared.tiles, min(rank - first, kRankDepth), served >> Tiles::row(0) & 1,
                         served >> Tiles::row(1) & 1);
             __syncthreads();
           }
@@ -195,8 +211,8 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (tokens[Tiles::row(i)] < 0) continue;
-      const int64_t row = tokens[Tiles::row(i)] * p.d_in;
+      if (shared.tokens[Tiles::row(i)] < 0) continue;
+      const int64_t row = shared.tokens[Tiles::row(i)] * p.d_in;
 #pragma unroll
       for (int j = 0; j < Tiles::kColumnsPerLane; j += 2) {
         const int64_t column = first_column + Tiles::column(j), live = p.d_in - column;
@@ -219,18 +235,26 @@ __device__ __forceinline__ void clear(T* to, int rows, int columns, int64_t stri
     to[i / columns * stride + i % columns] = from_float<T>(0.0f);
 }
 
+template <typename T, int kRanks>
+struct OuterShared {
+  using Tiles = Product<T, kRanks, kOuterColumns, kDepthOf<T>, true>;
+  struct Row {
+    int pair, token;
+  };
+  typename Tiles::Shared tiles;
+  Row next_rows[2][kDepthOf<T>];  // of the tiles that are loaded next, and of those after them
+};
+
 // dA[slot] = the sum of (f dh) x^T and dB[slot] = the sum of dy (f h)^T over the pairs of a slot, in the plan's order.
 // Ranks that the slot does not have, and slots without pairs, get zeros.
 template <typename T, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     outer(const __grid_constant__ BackwardParams p, int64_t blocks, int64_t column_tiles) {
+  using Shared = OuterShared<T, kRanks>;
+  using Tiles = typename Shared::Tiles;
+  using Row = typename Shared::Row;
   constexpr int kDepth = kDepthOf<T>;
-  using Tiles = Product<T, kRanks, kOuterColumns, kDepth, true>;
-  __shared__ typename Tiles::Shared shared;
-  struct Row {
-    int pair, token;
-  };
-  __shared__ Row next_rows[2][kDepth];  // of the tiles that are loaded next, and of those after them
+  auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const Routing& r = p.routing;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     Coordinates at{block};
@@ -271,21 +295,21 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     Tiles product;
     if (thread < kDepth) {
-      next_rows[0][thread] = row_after(begin);
-      next_rows[1][thread] = row_after(int64_t{begin} + kDepth);
+      shared.next_rows[0][thread] = row_after(begin);
+      shared.next_rows[1][thread] = row_after(int64_t{begin} + kDepth);
     }
     __syncthreads();
-    load(next_rows[0]);
+    load(shared.next_rows[0]);
     int turn = 0;
     for (int64_t depth = begin; depth < end; depth += kDepth, turn ^= 1) {
-      left.template store<Tiles::kLeftStride>(shared.left);
-      right.template store<Tiles::kRightStride>(shared.right);
+      left.template store<Tiles::kLeftStride>(shared.tiles.left);
+      right.template store<Tiles::kRightStride>(shared.tiles.right);
       __syncthreads();
       Row later;
       if (thread < kDepth) later = row_after(depth + 2 * kDepth);
-      load(next_rows[turn ^ 1]);
-      product.add(shared, static_cast<int>(min(end - depth, int64_t{kDepth})));
-      if (thread < kDepth) next_rows[turn][thread] = later;
+      load(shared.next_rows[turn ^ 1]);
+      product.add(shared.tiles, static_cast<int>(min(end - depth, int64_t{kDepth})));
+      if (thread < kDepth) shared.next_rows[turn][thread] = later;
       __syncthreads();
     }
 #pragma unroll
