@@ -153,6 +153,8 @@ cudaError_t load_bgmv(Device* device) {
     if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     const int room = device->shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room)) return error;
+    // what several blocks need at a time, too
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100)) return error;
   }
   for (auto kernel : {lora<T, 8>, lora<T, 32>, lora<T, 64>}) {
     if (device->max_cluster <= kPortableCluster) break;

@@ -126,7 +126,7 @@ struct LoraBlock {
   int log_share;                 // of a block in a rank tile of h: a power of two
   int stride;                    // of h in shared memory, in floats
   int part;                      // columns of d_in in one part
-  int own_parts, rounds, pieces, shrink_stages;
+  int own_parts, rounds, pieces;
   int64_t d_in, columns;         // of x, of this slice of y
   int64_t a_stride, x_stride, b_stride, y_stride;
   const T* a;
@@ -135,46 +135,53 @@ struct LoraBlock {
   T* y;
   Planes planes;
 
+  // A part each by the first lane of the four warps.
   __device__ void set(const BgmvParams& p, const Group& g, const Members<N>* m, int count) {
+    if (lane() != 0) return;
     const int slice = blockIdx.z;
-    const Layout layout = layout_of<T, N>(p.routing.r_max, count);
     const Weight &A = p.A[slice], &B = p.B[slice];
-    group = g;
-    members = m;
-    blocks = count;
-    block = blockIdx.x % count;
-    shrinks = p.x != nullptr;
-    expands = p.y != nullptr;
-    accumulate = p.accumulate;
-    planes = planes_of_slice(p, slice);
-    plane_sums = !expands && p.num_planes > 1;
-    received_at = layout.received;
-    h_at = layout.h;
-    log_share = __ffs(R * N / count) - 1;
-    stride = h_stride(p.routing.r_max);
-    part = static_cast<int>(part_length(p.d_in));
-    own_parts = kParts / blocks;
-    rounds = (own_parts + S::kGroups - 1) / S::kGroups;
-    pieces = (part + kDepth - 1) / kDepth;
-    shrink_stages = shrinks ? (g.rank + R - 1) / R * rounds * pieces : 0;
-    d_in = p.d_in;
-    columns = expands ? B.rows : 0;
-    a = static_cast<const T*>(A.data) + g.slot * A.slot_stride;
-    x = static_cast<const T*>(p.x);
-    b = static_cast<const T*>(B.data) + g.slot * B.slot_stride;
-    y = static_cast<T*>(p.y) + first_column_of(p, slice);
-    a_stride = A.row_stride;
-    x_stride = p.x_stride;
-    b_stride = B.row_stride;
-    y_stride = p.y_stride;
-    a_aligned = in_chunks(a, a_stride);
-    x_aligned = in_chunks(x, x_stride);
-    b_aligned = in_chunks(b, b_stride);
-    y_aligned = in_chunks(y, y_stride);
+    if (warp() == 0) {
+      group = g;
+      members = m;
+      blocks = count;
+      block = blockIdx.x % count;
+      shrinks = p.x != nullptr;
+      expands = p.y != nullptr;
+      accumulate = p.accumulate;
+      plane_sums = p.y == nullptr && p.num_planes > 1;
+      part = static_cast<int>(part_length(p.d_in));
+      pieces = (static_cast<int>(part_length(p.d_in)) + kDepth - 1) / kDepth;
+      d_in = p.d_in;
+    } else if (warp() == 1) {
+      a = static_cast<const T*>(A.data) + g.slot * A.slot_stride;
+      x = static_cast<const T*>(p.x);
+      a_stride = A.row_stride;
+      x_stride = p.x_stride;
+      a_aligned = in_chunks(static_cast<const T*>(A.data) + g.slot * A.slot_stride, A.row_stride);
+      x_aligned = in_chunks(static_cast<const T*>(p.x), p.x_stride);
+    } else if (warp() == 2) {
+      b = static_cast<const T*>(B.data) + g.slot * B.slot_stride;
+      b_stride = B.row_stride;
+      b_aligned = in_chunks(static_cast<const T*>(B.data) + g.slot * B.slot_stride, B.row_stride);
+      columns = p.y ? B.rows : 0;
+      y = static_cast<T*>(p.y) + first_column_of(p, slice);
+      y_stride = p.y_stride;
+      y_aligned = in_chunks(static_cast<T*>(p.y) + first_column_of(p, slice), p.y_stride);
+    } else {
+      const Layout layout = layout_of<T, N>(p.routing.r_max, count);
+      received_at = layout.received;
+      h_at = layout.h;
+      log_share = __ffs(R * N / count) - 1;
+      stride = h_stride(p.routing.r_max);
+      own_parts = kParts / count;
+      rounds = (kParts / count + S::kGroups - 1) / S::kGroups;
+      planes = planes_of_slice(p, slice);
+    }
   }
 
   __device__ float* h() const { return reinterpret_cast<float*>(dynamic_shared() + h_at); }
   __device__ float* received() const { return reinterpret_cast<float*>(dynamic_shared() + received_at); }
+  __device__ int shrink_stages() const { return shrinks ? (group.rank + R - 1) / R * rounds * pieces : 0; }
   __device__ int warp() const { return threadIdx.x / kWarp; }
   __device__ int lane() const { return threadIdx.x % kWarp; }
 
@@ -250,6 +257,7 @@ struct LoraBlock {
     const int j = warp() / (S::kRankWarps * S::kTokenWarps), m = warp() / S::kTokenWarps % S::kRankWarps * 16;
     const int n = warp() % S::kTokenWarps * S::kTokenTiles * 8;
     const bool parts = plane_sums || sends_parts(N, blocks);
+    const int shrink_stages = this->shrink_stages();
     ShrinkStage ahead, now;
     Sums<S::kTokenTiles> sums, quarter, total;
     for (int i = 1 - kStages; i < shrink_stages; ++i) {
@@ -384,7 +392,7 @@ struct LoraBlock {
     const int first = warp() * S::kWarpColumns;
     Sums<kTiles> sums;
     ExpandStage now = {int64_t{block} * S::kColumns};
-    for (int i = shrink_stages; now.column < columns; ++i, advance(now)) {
+    for (int i = shrink_stages(); now.column < columns; ++i, advance(now)) {
       wait();
       if (ahead.column < columns) load(i + kStages - 1, ahead);
       commit_copies();
@@ -416,7 +424,7 @@ template <int R, typename T, int N>
 __device__ __forceinline__ void run(char* place, const BgmvParams& p, const Group& group, const Members<N>* members,
                                     int blocks) {
   auto& block = *reinterpret_cast<LoraBlock<T, N, R>*>(place);
-  if (threadIdx.x == 0) block.set(p, group, members, blocks);
+  block.set(p, group, members, blocks);
   __syncthreads();
   block.run();
 }
