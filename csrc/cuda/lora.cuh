@@ -18,8 +18,8 @@
 
 namespace lorakern::cuda {
 
-constexpr int kParts = 16;    // of d_in
-constexpr int kQuarter = 4;   // parts that are added first
+constexpr int kParts = 16;     // of d_in
+constexpr int kQuarter = 4;    // parts that are added first
 constexpr int kRankTile = 64;  // ranks at a time where there are more
 template <typename T>
 constexpr int kDepth = 128 / sizeof(T);  // columns of a part in one stage
@@ -41,8 +41,8 @@ struct Shape {
   static constexpr int kRankWarps = R / 16;
   static constexpr int kGroups = N <= 16 ? kWarps / kRankWarps : 1;  // parts of d_in side by side
   static constexpr int kTokenWarps = kWarps / (kRankWarps * kGroups);
-  static constexpr int kTokenTiles = N / 8 / kTokenWarps;            // of a warp, in shrink
-  static constexpr int kColumns = N <= 16 ? 4096 / R : 64;           // of y, in one stage
+  static constexpr int kTokenTiles = N / 8 / kTokenWarps;   // of a warp, in shrink
+  static constexpr int kColumns = N <= 16 ? 4096 / R : 64;  // of y, in one stage
   static constexpr int kWarpColumns = kColumns / kWarps;
   static constexpr int kABytes = kGroups * R * kDepth * sizeof(T);
   static constexpr int kXBytes = kGroups * N * kDepth * sizeof(T);
@@ -122,12 +122,12 @@ struct LoraBlock {
   bool shrinks, expands, accumulate;
   bool plane_sums;  // leave the parts in planes of h
   bool a_aligned, x_aligned, b_aligned, y_aligned;
-  int received_at, h_at;         // in dynamic shared memory
-  int log_share;                 // of a block in a rank tile of h: a power of two
-  int stride;                    // of h in shared memory, in floats
-  int part;                      // columns of d_in in one part
+  int received_at, h_at;  // in dynamic shared memory
+  int log_share;          // of a block in a rank tile of h: a power of two
+  int stride;             // of h in shared memory, in floats
+  int part;               // columns of d_in in one part
   int own_parts, rounds, pieces;
-  int64_t d_in, columns;         // of x, of this slice of y
+  int64_t d_in, columns;  // of x, of this slice of y
   int64_t a_stride, x_stride, b_stride, y_stride;
   const T* a;
   const T* x;
@@ -225,9 +225,8 @@ struct LoraBlock {
     });
     // y comes with the last ranks
     if (accumulate && stage.rank + R >= group.rank) {
-      Y::load(buffer(i) + S::kBBytes, group.count, y_aligned, [&](int token) -> Run<T> {
-        return {y + members->token[token] * y_stride + stage.column, left};
-      });
+      Y::load(buffer(i) + S::kBBytes, group.count, y_aligned,
+              [&](int token) -> Run<T> { return {y + members->token[token] * y_stride + stage.column, left}; });
     }
     advance(stage);
   }
@@ -321,7 +320,8 @@ struct LoraBlock {
         if (token < group.count) write_h(index, first_rank + rank, token, sums[t][e]);
       } else {
         const int place = token * R + rank;
-        store_shared_of(place >> log_share, received() + (index << log_share) + (place & ((1 << log_share) - 1)), sums[t][e]);
+        store_shared_of(place >> log_share, received() + (index << log_share) + (place & ((1 << log_share) - 1)),
+                        sums[t][e]);
       }
     });
   }
@@ -431,7 +431,9 @@ __device__ __forceinline__ void run(char* place, const BgmvParams& p, const Grou
 
 // blockIdx.x: the blocks of a group side by side, group after group; blockIdx.z: the slice.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : N <= 32 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, N <= 16   ? 4
+                                            : N <= 32 ? 3
+                                                      : 2)
     lora(const __grid_constant__ BgmvParams p, int blocks, int step) {
   __shared__ Members<N> members;
   __shared__ __align__(16) char block[sizeof(LoraBlock<T, N, 16>)];
