@@ -27,7 +27,7 @@ struct Routing {  // which adapter serves which pair, and how strongly
 };
 
 struct BgmvParams {  // x null: expand alone, from h. y null: shrink alone, into h
-  Dtype dtype;  // of x, A, B and y
+  Dtype dtype;       // of x, A, B and y
   Routing routing;
   int64_t d_in;
   int num_slices;

@@ -45,22 +45,23 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], con
 }
 
 // c (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds c[g][2 t], c[g][2 t + 1], c[g + 8][2 t], c[g + 8][2 t + 1];
-// in a the pairs a[g][2 t ..], a[g + 8][2 t ..], a[g][2 t + 8 ..], a[g + 8][2 t + 8 ..]; in b the pairs b[2 t ..][g] and
-// b[2 t + 8 ..][g], the smaller index in the lower half.
+// in a the pairs a[g][2 t ..], a[g + 8][2 t ..], a[g][2 t + 8 ..], a[g + 8][2 t + 8 ..]; in b the pairs b[2 t ..][g]
+// and b[2 t + 8 ..][g], the smaller index in the lower half.
 template <typename T>
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ __forceinline__ void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
 __device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                         uint32_t b1) {
+                                                        uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
