@@ -1,15 +1,19 @@
 """The backends, and the one place that picks among them.
 
 Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup``, the functions that
-it implements.
+it implements; where it cannot take every layer also refuses(op, layer), the reason why it leaves one to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 
+import functools
 import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 from lorakern.backends import cpu, cuda, reference, triton
+from lorakern.backends.crossover import Layer, fastest
 from lorakern.errors import LorakernError
 
 BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
@@ -18,9 +22,9 @@ BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 _ORDER = {
     "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward")},
     "cuda": {
-        "plan": (triton, cuda),
-        "shrink": (triton,),
-        "expand": (triton,),
+        "plan": (cuda, triton),
+        "shrink": (cuda, triton),
+        "expand": (cuda, triton),
         "bgmv": (cuda, triton),
         "backward": (reference,),
     },
@@ -58,20 +62,29 @@ def _usable(name):
     return BACKENDS[name]
 
 
-def select(op: str, device_type: str):
-    """The backend module that runs `op` on tensors of this device type."""
+def select(op: str, device: torch.device, layer: Layer):
+    """The backend module that runs `op` for a layer on a device."""
     if (name := FORCED.get()) is not None:
         backend = _usable(name)
         if not hasattr(backend, op):
             raise LorakernError(f"{op}: backend {name!r} does not implement it; leave the choice to lorakern")
         return backend
-    if device_type not in _ORDER:
-        raise LorakernError(f"{op}: tensors must be on {' or '.join(_ORDER)}; got {device_type}")
-    candidates = _ORDER[device_type][op]
+    if device.type not in _ORDER:
+        raise LorakernError(f"{op}: tensors must be on {' or '.join(_ORDER)}; got {device.type}")
+    candidates = _ORDER[device.type][op]
+    if len(candidates) > 1 and (name := fastest(op, _capability(device), layer)):
+        candidates = sorted(candidates, key=lambda backend: backend.NAME != name)
+    reasons = []
     for backend in candidates:
-        if backend.missing() is None:
+        reason = backend.missing() or (backend.refuses(op, layer) if hasattr(backend, "refuses") else None)
+        if reason is None:
             return backend
-    reasons = "; ".join(f"{backend.NAME}: {backend.missing()}" for backend in candidates)
+        reasons.append(f"{backend.NAME}: {reason}")
     raise LorakernError(
-        f"{op}: no backend for {device_type} tensors ({reasons}). use_backend('reference') works anywhere"
+        f"{op}: no backend for {device.type} tensors ({'; '.join(reasons)}). use_backend('reference') works anywhere"
     )
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lorakern.backends.crossover import Layer
 from lorakern.backends.reference import plan as plan  # plain torch, without waiting for the device
 from lorakern.errors import LorakernError
 
@@ -41,6 +42,28 @@ def missing():
     return None
 
 
+def refuses(op, layer):
+    """None, or why a layer is left to another backend."""
+    if op == "plan":
+        return None
+    if layer.dtype not in _DTYPES:
+        return f"takes float16, bfloat16 or float32; got {layer.dtype}"
+    for name, size, most in (
+        ("a rank r_max", layer.r_max, MAX_RANK),
+        ("a number K of choices", layer.choices, MAX_CHOICES),
+    ):
+        if size > most:
+            return f"takes {name} up to {most}; got {size}"
+    return None
+
+
+def warmup(layers, dtype, device, **options):
+    """Load the kernels on the device; none is compiled."""
+    with torch.cuda.device(device):
+        _preloaded(torch.cuda.current_device())
+    return 0
+
+
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
     """expand(y, shrink(x)). Columns of x or y that do not lie side by side cost a copy."""
     _run("bgmv", x, A, y, B, None, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
@@ -62,7 +85,8 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
     tensor = y if x is None else x
     (tokens, choices), weights = indices.shape, A or B
     slots, r_max = weights[0].shape[0], A[0].shape[1] if A else B[0].shape[2]
-    _check(op, tensor.dtype, r_max, choices)
+    if reason := refuses(op, Layer(tensor.dtype, r_max, choices)):
+        raise LorakernError(f"{op}: the cuda backend {reason}")
     if x is not None:
         x = _rows(x)
     columns = target = None
@@ -111,14 +135,6 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
             column += sum(b.shape[1] for b in B[some])
     if target is not columns:
         columns.copy_(target)
-
-
-def _check(op, dtype, r_max, choices):
-    if dtype not in _DTYPES:
-        raise LorakernError(f"{op}: the cuda backend takes float16, bfloat16 or float32; got {dtype}")
-    for name, size, most in (("a rank r_max", r_max, MAX_RANK), ("a number K of choices", choices, MAX_CHOICES)):
-        if size > most:
-            raise LorakernError(f"{op}: the cuda backend takes {name} up to {most}; got {size}. Triton takes any")
 
 
 @contextmanager

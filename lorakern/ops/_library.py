@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from lorakern.backends import select
+from lorakern.backends import Layer, select
 
 LIBRARY = torch.library.Library("lorakern", "DEF")
 DEBUG = os.environ.get("LORAKERN_DEBUG", "0") not in ("", "0")
@@ -23,9 +23,9 @@ def define(schema, fake):
     return register
 
 
-def backend_for(op, tensor):
-    """The backend module that runs `op` for tensors that live where this one does."""
-    return select(op, tensor.device.type)
+def backend_for(op, tensor, r_max=0, choices=1):
+    """The backend module that runs `op` for tensors like this one and weights of this many ranks."""
+    return select(op, tensor.device, Layer(tensor.dtype, r_max, choices))
 
 
 def mark_written(tensor):

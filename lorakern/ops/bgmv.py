@@ -14,7 +14,7 @@ _PLAN = "Tensor? order, Tensor? starts"
 
 @define(f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate) -> ()", lambda *_: None)
 def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    backend = backend_for("bgmv", x)
+    backend = backend_for("bgmv", x, A[0].shape[1], indices.shape[1])
     check.validate("bgmv", backend, y, y_offset, x, A, B, indices, ranks, *A[0].shape[:2])
     backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
     mark_written(y)
@@ -26,7 +26,7 @@ def _fake_delta(x, A, B, *_):
 
 @define(f"lora_delta({_LORA}, {_PLAN}) -> Tensor", _fake_delta)
 def _lora_delta(x, A, B, indices, scale, ranks, gates, order, starts):
-    backend = backend_for("bgmv", x)
+    backend = backend_for("bgmv", x, A[0].shape[1], indices.shape[1])
     check.validate("lora_delta", backend, None, 0, x, A, B, indices, ranks, *A[0].shape[:2])
     y = x.new_zeros(x.shape[0], sum(b.shape[1] for b in B))
     backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, 0, False)
@@ -54,9 +54,8 @@ def _fake_backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     f"lora_delta_backward(Tensor dy, {_LORA}, {_PLAN}) -> (Tensor, Tensor[], Tensor[], Tensor, Tensor)", _fake_backward
 )
 def _lora_delta_backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
-    dx, dA, dB, dscale, dgates = backend_for("backward", x).backward(
-        dy, x, A, B, indices, scale, ranks, gates, order, starts
-    )
+    backend = backend_for("backward", x, A[0].shape[1], indices.shape[1])
+    dx, dA, dB, dscale, dgates = backend.backward(dy, x, A, B, indices, scale, ranks, gates, order, starts)
     return (
         dx,
         dA,

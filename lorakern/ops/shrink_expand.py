@@ -18,7 +18,7 @@ def _nothing(*_):
     _nothing,
 )
 def _shrink(h, x, A, indices, ranks, order, starts):
-    backend = backend_for("shrink", x)
+    backend = backend_for("shrink", x, A[0].shape[1], indices.shape[1])
     check.validate("shrink", backend, None, 0, x, A, (), indices, ranks, *A[0].shape[:2])
     backend.shrink(h, x, A, indices, ranks, order, starts)
     mark_written(h)
@@ -30,8 +30,8 @@ def _shrink(h, x, A, indices, ranks, order, starts):
     _nothing,
 )
 def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
-    backend = backend_for("expand", y)
     slots, _, r_max = B[0].shape
+    backend = backend_for("expand", y, r_max, indices.shape[1])
     check.validate("expand", backend, y, y_offset, None, (), B, indices, ranks, slots, r_max)
     backend.expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
     mark_written(y)

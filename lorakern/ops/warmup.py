@@ -2,7 +2,7 @@
 
 import torch
 
-from lorakern.backends import select
+from lorakern.backends import Layer, select
 from lorakern.ops import _checks as check
 
 
@@ -36,8 +36,8 @@ def warmup(
         accumulate: as in `bgmv`.
 
     Returns:
-        The number of Triton kernels prepared. 0 on a CPU, whose kernels are compiled when the package is built, and
-        where another backend than Triton serves.
+        The number of Triton kernels prepared. 0 on a CPU and where the CUDA backend serves: their kernels are compiled
+        when the package is built, and those for CUDA are loaded here.
 
     Raises:
         LorakernError: a layer of another form, a dtype that is not served, or no backend for the device.
@@ -57,21 +57,26 @@ def warmup(
             check.fail("warmup", name, f"be one of {', '.join(map(str, allowed))}", repr(given))
     if not isinstance(max_choices, int) or max_choices < 1:
         check.fail("warmup", "max_choices", "be a positive integer", repr(max_choices))
-    backends = {select(op, device.type) for op in ("plan", "shrink", "expand", "bgmv")}
+    # a token with one choice takes another kernel than one with several; how many those are does not matter
+    choices = (1,) if max_choices == 1 else (1, 2)
+    served = {}
+    for layer in layers:
+        for count in choices:
+            for op in ("plan", "shrink", "expand", "bgmv"):
+                served.setdefault(select(op, device, Layer(dtype, layer[2], count)), {})[layer] = None
     return sum(
         backend.warmup(
-            layers,
+            list(layers),
             dtype,
             device,
-            # a token with one choice takes another kernel than one with several; how many those are does not matter
-            choices=(1,) if max_choices == 1 else (1, 2),
+            choices=choices,
             indices=indices,
             ranks=ranks,
             scale=bool(scale),
             gates=bool(gates),
             accumulate=bool(accumulate),
         )
-        for backend in backends
+        for backend, layers in served.items()
         if hasattr(backend, "warmup")
     )
 

@@ -1,0 +1,48 @@
+"""Where one GPU backend was measured to be faster than the other.
+
+A row depends on the op, the device and the layer, never on the batch: the bits of a token must not depend on who stands
+beside it. Rows are made from the page that ``make gpu`` writes, which times the backends side by side; no GPU has been
+measured so far, so there are none, and the order of `lorakern.backends` stands: CUDA, then Triton.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What of a call may decide about its backend: dtype, the rank that weights are allocated for, choices per token."""
+
+    dtype: torch.dtype
+    r_max: int = 0
+    choices: int = 1
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Calls of `op` on devices of this compute capability, in these ranges, are faster on `backend`."""
+
+    op: str
+    capability: tuple[int, int]
+    backend: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32)
+    r_max: range = range(1, 2**31)
+    choices: range = range(1, 2**31)
+
+    def covers(self, op, capability, layer):
+        return (
+            op == self.op
+            and capability == self.capability
+            and layer.dtype in self.dtypes
+            and layer.r_max in self.r_max
+            and layer.choices in self.choices
+        )
+
+
+MEASURED: tuple[Crossover, ...] = ()
+
+
+def fastest(op, capability, layer):
+    """The name of the backend that was measured to be the fastest for the layer, or None."""
+    return next((row.backend for row in MEASURED if row.covers(op, capability, layer)), None)
