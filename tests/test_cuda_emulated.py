@@ -49,7 +49,7 @@ def test_everything_that_runs_on_a_gpu(arch):
         "-k",
         "not missing and not plan_groups",
     )
-    environment = os.environ | {"LORAKERN_EMULATED_CUDA": "1", emulated_cuda.ARCH: str(arch)}
+    environment = os.environ | {"LORAKERN_EMULATED_CUDA": "1", emulated_cuda.ARCH: str(arch), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *options, "tests/test_cuda.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n")
