@@ -12,8 +12,6 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "emulator"
@@ -33,7 +31,6 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 INCLUDE = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-PYTHON = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
 EMULATOR = [HERE / f"{name}.cpp" for name in ("emulator", "faults", "fiber", "instructions", "runtime")]
 
 
@@ -49,15 +46,18 @@ def outdated(target):
 
 def build(sources, name):
     """A shared library build/emulator/`name` of these sources and the emulator, compiled two at a time."""
+    import pybind11
+
     sources = [*sources, *EMULATOR]
     BUILD.mkdir(parents=True, exist_ok=True)
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
 
     def compile_one(source):
         target = BUILD / f"{source.name}.o"
         if outdated(target):
             own = ["-O3", "-fno-sanitize=all"] if source in EMULATOR else []
             partial, includes = BUILD / f"{source.name}.{os.getpid()}", ["-MMD", "-MF", str(target.with_suffix(".d"))]
-            command = [*CXX, *FLAGS, *own, *INCLUDE, *PYTHON, *includes, "-x", "c++", "-c", str(source)]
+            command = [*CXX, *FLAGS, *own, *INCLUDE, *python, *includes, "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.replace(target)
         return target
