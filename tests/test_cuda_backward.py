@@ -176,6 +176,18 @@ def test_more_slots_than_blocks():
 
 
 @gpu
+def test_several_tiles_of_columns_to_a_block():
+    """Many tokens: a block of dx takes two tiles of columns, and a batch of fewer tokens gives the same bits."""
+    case = make_case(3872, 2056, (8,), 2, 4, torch.bfloat16)
+    dy = make_dy(case)
+    whole = run(case, dy)
+    part = {**case, **{name: case[name][1000:1050] for name in ("x", "indices", "gates")}}
+    dx, _, _, _, dgates = run(part, dy[1000:1050])
+    assert same_bits(dx, whole[0][1000:1050]) and same_bits(dgates, whole[4][1000:1050])
+    assert ratio(whole[0], expected(case, dy)[0]) < 8e-3
+
+
+@gpu
 def test_a_plan_of_other_indices_reads_nothing_outside():
     case = make_case(90, 72, (40,), 5, 8, torch.float16, choices=2)
     random = torch.Generator().manual_seed(1)

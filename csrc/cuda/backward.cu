@@ -17,6 +17,8 @@ namespace lorakern::cuda {
 namespace {
 
 constexpr int64_t kMaxGrid = 2147483647;
+// Blocks that keep any device busy: where there are more, each takes several tiles of columns for its tokens.
+constexpr int64_t kInputBlocks = 1024;
 // More than run at once anywhere, and few enough that the tiles of unused slots cost no block each.
 constexpr int64_t kOuterGrid = 4096;
 
@@ -92,14 +94,15 @@ cudaError_t launch_with_ranks(const BackwardParams& p, cudaStream_t stream) {
   const int64_t column_tiles = ceil_div(std::max(widest, p.d_in), kOuterColumns);
   const int64_t back_blocks = pairs == 0 ? 0 : rank_tiles * p.num_planes * p.num_slices * num_pair_tiles(r);
   const int64_t outer_blocks = rank_tiles * column_tiles * 2 * p.num_slices * r.num_slots;
-  const int64_t input_blocks = ceil_div(p.d_in, kInputColumns) * ceil_div(r.num_tokens, kTokens);
+  const int64_t token_tiles = ceil_div(r.num_tokens, kTokens), input_tiles = ceil_div(p.d_in, kInputColumns);
+  const int64_t width = std::clamp<int64_t>(token_tiles * input_tiles / kInputBlocks, 1, 8);
+  const int64_t input_blocks = p.dx == nullptr ? 0 : token_tiles * ceil_div(input_tiles, width);
   const int64_t slots = p.dscale != nullptr && p.last_call ? r.num_slots : 0;
   cudaError_t error = launch(back<T, kRanks>, r.num_slots == 0 ? 0 : back_blocks, sizeof(BackShared<T, kRanks>), stream,
                              p, back_blocks);
   if (!error) error = launch(finish<T>, ceil_div(pairs, kWarps), 0, stream, p);
   if (!error) error = launch(scales, slots, 0, stream, p);
-  if (!error)
-    error = launch(inputs<T>, p.dx == nullptr ? 0 : input_blocks, sizeof(InputsShared<T>), stream, p, input_blocks);
+  if (!error) error = launch(inputs<T>, input_blocks, sizeof(InputsShared<T>), stream, p, input_blocks, width);
   if (!error)
     error = launch(outer<T, kRanks>, std::min(outer_blocks, kOuterGrid), sizeof(OuterShared<T, kRanks>), stream, p,
                    outer_blocks, column_tiles);

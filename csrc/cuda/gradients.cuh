@@ -6,12 +6,11 @@ namespace lorakern::cuda {
 
 constexpr int kPairs = 64;  // of one slot, in a block of back
 
-// The depth of the tiles of back (columns of dy) and outer (pairs): what a thread has room for in registers.
+// The depth of the tiles: what a thread has room for in registers.
 template <typename T>
 constexpr int kDepthOf = sizeof(T) == 4 ? 32 : 64;
 
 constexpr int kTokens = 32;  // in a block of inputs: one per lane
-constexpr int kRankDepth = 32;
 constexpr int kInputColumns = 128;
 constexpr int kOuterColumns = 64;
 
@@ -113,10 +112,13 @@ __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ Back
     typename Tiles::Left left;
     Transfer<T, kDepth, kRanks> right;
     const auto load = [&](int64_t depth) {
-      left.load([&](int row) { return shared.tokens[row] < 0 ? nullptr : dy + shared.tokens[row] * p.dy_stride; },
-                depth, end);
-      right.load([&](int row) { return depth + row < end ? row_of<T>(weight, tile.slot, depth + row) : nullptr; },
-                 first_rank, rank);
+      left.load([&](int row, int column) -> Span<T> {
+        const int token = shared.tokens[row];
+        return {token < 0 ? nullptr : dy + token * p.dy_stride, depth + column, end};
+      });
+      right.load([&](int row, int column) -> Span<T> {
+        return {depth + row < end ? row_of<T>(weight, tile.slot, depth + row) : nullptr, first_rank + column, rank};
+      });
     };
     Tiles product;
     load(begin);
@@ -144,21 +146,23 @@ __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ Back
 
 template <typename T>
 struct InputsShared {
-  using Tiles = Product<T, kTokens, kInputColumns, kRankDepth, false>;
+  using Tiles = Product<T, kTokens, kInputColumns, kDepthOf<T>, false>;
   typename Tiles::Shared tiles;
   int tokens[kTokens];
 };
 
-// dx[t] = the sum over k and slices of A^T (f dh).
+// dx[t] = the sum over k and slices of A^T (f dh), for 32 tokens and `width` tiles of columns a block.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ BackwardParams p, int64_t blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    inputs(const __grid_constant__ BackwardParams p, int64_t blocks, int64_t width) {
   using Tiles = typename InputsShared<T>::Tiles;
+  constexpr int kDepth = kDepthOf<T>;
   auto& shared = *reinterpret_cast<InputsShared<T>*>(dynamic_shared());
   const Routing& r = p.routing;
   const int lane = threadIdx.x % kWarp;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     Coordinates at{block};
-    const int64_t first_column = at.next(ceil_div(p.d_in, kInputColumns)) * kInputColumns;
+    const int64_t begin = at.next(ceil_div(p.d_in, width * kInputColumns)) * width * kInputColumns;
     const int64_t position = at.rest * kTokens + lane;
     // In the plan's order few slots meet in a block.
     const int token = position >= r.num_tokens ? -1
@@ -166,61 +170,67 @@ __global__ void __launch_bounds__(kThreads, 2) inputs(const __grid_constant__ Ba
                                                : static_cast<int>(position);
     if (threadIdx.x < kTokens) shared.tokens[lane] = token;
     __syncthreads();
+    const int own_tokens[2] = {shared.tokens[Tiles::row(0)], shared.tokens[Tiles::row(1)]};
 
-    Tiles product;
-    if (!p.first_call) {
+    for (int64_t first_column = begin; first_column < min(begin + width * kInputColumns, p.d_in);
+         first_column += kInputColumns) {
+      Tiles product;
+      if (!p.first_call) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int j = 0; j < Tiles::kColumnsPerLane; ++j) {
-          const int64_t column = first_column + Tiles::column(j);
-          if (shared.tokens[Tiles::row(i)] >= 0 && column < p.d_in)
-            product.at(i, j) = p.dx_sum[shared.tokens[Tiles::row(i)] * p.d_in + column];
+          for (int j = 0; j < Tiles::kColumnsPerLane; ++j) {
+            const int64_t column = first_column + Tiles::column(j);
+            if (own_tokens[i] >= 0 && column < p.d_in) product.at(i, j) = p.dx_sum[own_tokens[i] * p.d_in + column];
+          }
         }
       }
-    }
-    for (int64_t choice = 0; choice < r.num_choices; ++choice) {
-      const int own_slot = token < 0 ? -1 : slot_of(r, token * r.num_choices + choice);
-      // Every warp goes through the slots of the block's tokens alike: its lane l looks at token l.
-      for (uint32_t waiting = __ballot_sync(0xffffffffu, own_slot >= 0); waiting != 0;) {
-        const int slot = __shfl_sync(0xffffffffu, own_slot, __ffs(waiting) - 1);
-        const uint32_t served = __ballot_sync(0xffffffffu, own_slot == slot);
-        waiting &= ~served;
-        const int rank = rank_of(r, slot);
-        for (int slice = 0; slice < p.num_slices; ++slice) {
-          for (int first = 0; first < rank; first += kRankDepth) {
-            Transfer<float, kTokens, kRankDepth> left;
-            Transfer<T, kRankDepth, kInputColumns> right;
-            left.load(
-                [&](int row) {
-                  return served >> row & 1 ? factors_of(p, p.dh, slice, shared.tokens[row] * r.num_choices + choice)
-                                           : nullptr;
-                },
-                first, rank);
-            right.load([&](int row) { return first + row < rank ? row_of<T>(p.A[slice], slot, first + row) : nullptr; },
-                       first_column, p.d_in);
+      for (int64_t choice = 0; choice < r.num_choices; ++choice) {
+        const int own_slot = token < 0 ? -1 : slot_of(r, token * r.num_choices + choice);
+        // Every warp goes through the slots of the block's tokens alike: its lane l looks at token l.
+        for (uint32_t waiting = __ballot_sync(0xffffffffu, own_slot >= 0); waiting != 0;) {
+          const int slot = __shfl_sync(0xffffffffu, own_slot, __ffs(waiting) - 1);
+          const uint32_t served = __ballot_sync(0xffffffffu, own_slot == slot);
+          waiting &= ~served;
+          // The ranks of all slices are one sum, each slice padded to whole chunks.
+          const int rank = rank_of(r, slot), padded = (rank + kChunk - 1) / kChunk * kChunk;
+          const int depth = p.num_slices * padded;
+          for (int first = 0; first < depth; first += kDepth) {
+            Transfer<float, kTokens, kDepth> left;
+            Transfer<T, kDepth, kInputColumns> right;
+            left.load([&](int row, int column) -> Span<float> {
+              const int place = first + column;
+              if (place >= depth || !(served >> row & 1)) return {};
+              const int64_t pair = shared.tokens[row] * r.num_choices + choice;
+              return {factors_of(p, p.dh, place / padded, pair), place % padded, rank};
+            });
+            right.load([&](int row, int column) -> Span<T> {
+              const int place = first + row, row_in_slice = place % padded;
+              if (place >= depth || row_in_slice >= rank) return {};
+              return {row_of<T>(p.A[place / padded], slot, row_in_slice), first_column + column, p.d_in};
+            });
             left.template store<Tiles::kLeftStride>(shared.tiles.left);
             right.template store<Tiles::kRightStride>(shared.tiles.right);
             __syncthreads();
-            product.add(shared.tiles, min(rank - first, kRankDepth), served >> Tiles::row(0) & 1,
+            product.add(shared.tiles, min(depth - first, kDepth), served >> Tiles::row(0) & 1,
                         served >> Tiles::row(1) & 1);
             __syncthreads();
           }
         }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (shared.tokens[Tiles::row(i)] < 0) continue;
-      const int64_t row = shared.tokens[Tiles::row(i)] * p.d_in;
+      for (int i = 0; i < 2; ++i) {
+        if (own_tokens[i] < 0) continue;
+        const int64_t row = own_tokens[i] * p.d_in;
 #pragma unroll
-      for (int j = 0; j < Tiles::kColumnsPerLane; j += 2) {
-        const int64_t column = first_column + Tiles::column(j), live = p.d_in - column;
-        if (live <= 0) continue;
-        if (p.last_call) {
-          store_pair(static_cast<T*>(p.dx) + row + column, product.at(i, j), product.at(i, j + 1), live);
-        } else {
-          store_pair(p.dx_sum + row + column, product.at(i, j), product.at(i, j + 1), live);
+        for (int j = 0; j < Tiles::kColumnsPerLane; j += 2) {
+          const int64_t column = first_column + Tiles::column(j), live = p.d_in - column;
+          if (live <= 0) continue;
+          if (p.last_call) {
+            store_pair(static_cast<T*>(p.dx) + row + column, product.at(i, j), product.at(i, j + 1), live);
+          } else {
+            store_pair(p.dx_sum + row + column, product.at(i, j), product.at(i, j + 1), live);
+          }
         }
       }
     }
@@ -288,10 +298,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       return Row{pair, token_of(r, pair)};
     };
     const auto load = [&](const Row* of) {
-      left.load([&](int row) { return of[row].pair < 0 ? nullptr : factors_of(p, factors, slice, of[row].pair); },
-                first_rank, rank);
-      right.load([&](int row) { return of[row].pair < 0 ? nullptr : rows + of[row].token * stride; }, first_column,
-                 columns);
+      left.load([&](int row, int column) -> Span<float> {
+        const int pair = of[row].pair;
+        return {pair < 0 ? nullptr : factors_of(p, factors, slice, pair), first_rank + column, rank};
+      });
+      right.load([&](int row, int column) -> Span<T> {
+        return {of[row].pair < 0 ? nullptr : rows + of[row].token * stride, first_column + column, columns};
+      });
     };
     Tiles product;
     if (thread < kDepth) {

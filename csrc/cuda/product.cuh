@@ -15,14 +15,21 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kChunk = 8;  // consecutive elements that one thread loads: 16 bytes of fp16 and bf16
 
+// The elements of a row from `first` on; nothing from `end` on, or where there is no row.
+template <typename T>
+struct Span {
+  const T* row;
+  int64_t first, end;
+};
+
 template <typename T>
 struct Chunk {
   alignas(16) T values[kChunk];
 
-  // row[first + i] where that is before `end` and there is a row, else 0, which is not read.
-  __device__ __forceinline__ void load(const T* row, int64_t first, int64_t end) {
-    const int64_t count = row == nullptr ? 0 : end - first;
-    const T* source = count > 0 ? row + first : nullptr;
+  // The beginning of a span, zeros after its end.
+  __device__ __forceinline__ void load(const Span<T>& span) {
+    const int64_t count = span.row == nullptr ? 0 : span.end - span.first;
+    const T* source = count > 0 ? span.row + span.first : nullptr;
     if (count >= kChunk && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
       constexpr int kPerLoad = 16 / sizeof(T);
 #pragma unroll
@@ -50,10 +57,10 @@ struct Transfer {
   static constexpr int kLoads = (kChunks + kThreads - 1) / kThreads;
   Chunk<T> chunks[kLoads];
 
-  // The columns from `first` on of the rows source(0), source(1), ...; zeros from `end` on and where source is null.
+  // source(row, column): the Span that begins there.
   template <typename Source>
-  __device__ __forceinline__ void load(Source source, int64_t first, int64_t end) {
-    each([&](Chunk<T>& chunk, int row, int column) { chunk.load(source(row), first + column, end); });
+  __device__ __forceinline__ void load(Source source) {
+    each([&](Chunk<T>& chunk, int row, int column) { chunk.load(source(row, column)); });
   }
 
   template <int kStride>
