@@ -196,20 +196,23 @@ struct LoraBlock {
 
   __device__ char* buffer(int i) { return dynamic_shared() + i % kStages * S::kStageBytes; }
 
+  // What lies in shared memory is read once: across the copies the compiler would read it anew each time.
   __device__ void load(int i, ShrinkStage& stage) {
     char* to = buffer(i);
     // where part j of this round begins in this stage, and how many columns are left of it
-    const int64_t first = int64_t{block * own_parts + stage.round * S::kGroups} * part + stage.piece * kDepth;
-    const int64_t length = part - stage.piece * kDepth, parts = own_parts - stage.round * S::kGroups;
-    auto count = [&](int j) -> int64_t { return j >= parts ? 0 : min(length, d_in - first - j * part); };
-    load_tile<T, kDepth, S::kGroups * R, kThreads>(to, a_aligned, [&](int row) -> Run<T> {
-      const int j = row / R, rank = stage.rank + row % R;
-      return {a + rank * a_stride + first + j * part, rank < group.rank ? count(j) : 0};
-    });
-    load_tile<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, [&](int row) -> Run<T> {
+    const int64_t apart = part,
+                  first = int64_t{block * own_parts + stage.round * S::kGroups} * part + stage.piece * kDepth;
+    const int length = part - stage.piece * kDepth, parts = own_parts - stage.round * S::kGroups, tokens = group.count;
+    const int64_t left = d_in - first, stride_x = x_stride;
+    auto count = [=](int j) { return j >= parts ? 0 : static_cast<int>(min(int64_t{length}, left - j * apart)); };
+    load_matrix<T, kDepth, S::kGroups, R, kThreads>(to, a_aligned, a + stage.rank * a_stride + first, apart, a_stride,
+                                                    group.rank - stage.rank, count);
+    const T* from = x + first;
+    const int64_t* token = members->token;
+    load_tile<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, [=](int row) -> Run<T> {
       const int j = row / N, n = row % N;
-      if (n >= group.count) return {x, 0};
-      return {x + members->token[n] * x_stride + first + j * part, count(j)};
+      if (n >= tokens) return {from, 0};
+      return {from + token[n] * stride_x + j * apart, count(j)};
     });
     if (++stage.piece < pieces) return;
     stage.piece = 0;
@@ -219,14 +222,17 @@ struct LoraBlock {
   }
 
   __device__ void load(int i, ExpandStage& stage) {
-    const int64_t left = columns - stage.column;
-    load_tile<T, R, S::kColumns, kThreads>(buffer(i), b_aligned, [&](int row) -> Run<T> {
-      return {b + (stage.column + row) * b_stride + stage.rank, row < left ? group.rank - stage.rank : 0};
-    });
+    char* to = buffer(i);
+    const int left = capped(columns - stage.column), ranks = group.rank - stage.rank;
+    load_matrix<T, R, 1, S::kColumns, kThreads>(to, b_aligned, b + stage.column * b_stride + stage.rank, 0, b_stride,
+                                                left, [=](int) { return ranks; });
     // y comes with the last ranks
-    if (accumulate && stage.rank + R >= group.rank) {
-      Y::load(buffer(i) + S::kBBytes, group.count, y_aligned,
-              [&](int token) -> Run<T> { return {y + members->token[token] * y_stride + stage.column, left}; });
+    if (accumulate && ranks <= R) {
+      const T* from = y + stage.column;
+      const int64_t stride = y_stride;
+      const int64_t* token = members->token;
+      Y::load(to + S::kBBytes, group.count, y_aligned,
+              [=](int n) -> Run<T> { return {from + token[n] * stride, left}; });
     }
     advance(stage);
   }
@@ -413,8 +419,9 @@ struct LoraBlock {
       if (!is_last) continue;
       __syncwarp();
       const int64_t column = now.column + first;
+      const int left = capped(columns - column);
       Y::template store<S::kWarpColumns>(from + S::kBBytes, first, group.count, y_aligned, [&](int token) -> RunOut<T> {
-        return {y + members->token[token] * y_stride + column, columns - column};
+        return {y + members->token[token] * y_stride + column, left};
       });
     }
   }
