@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, on the emulator in this folder: `python tests/native/cuda/build.py` prints the module.
+"""Builds csrc/cuda for the CPU, on the emulator in this folder. As a script it prints what it has built.
 
 No CUDA toolkit is needed. What is newer than its object is compiled again.
 """
@@ -95,4 +95,4 @@ def load(path):
 
 
 if __name__ == "__main__":
-    print(build_module())
+    print(build_module(), build_samples(), sep="\n")
