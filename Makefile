@@ -16,7 +16,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
 	touch $@
 
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 .venv/built: .venv/installed $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@

@@ -78,6 +78,14 @@ def target_rows(results: Results) -> Iterator[tuple[registry.Target, str, str]]:
         yield target, verdict.measured, word if target.judged else f"({word})"
 
 
+def crossovers(results: Results) -> Iterator[tuple[str, float]]:
+    """(case, time of Triton over that of CUDA) where both ran: what lorakern/backends/crossover.py is filled from."""
+    for name, record in results.records.items():
+        runs = [record["runs"].get(f"lorakern {backend}", {}) for backend in ("cuda", "triton")]
+        if all("seconds" in run for run in runs):
+            yield name, runs[1]["seconds"] / runs[0]["seconds"]
+
+
 def target_lines(results: Results) -> list[str]:
     rows = list(target_rows(results))
     out = ["", "targets"] if rows else []

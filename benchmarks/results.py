@@ -60,6 +60,7 @@ def page(results: Results, images: list[Path] = (), notes: str = "") -> str:
     out += ["", *_table(["floor", "at the start", "at the end"], _floors(results)), ""]
     out += ["## Targets", "", *_table(["case", "target", "measured", "time", "verdict"], _targets(results)), ""]
     out += _dispatch(results)
+    out += _crossovers(results)
     if images:
         out += ["## Plots", "", *(f"![{image.stem.replace('_', ' ')}]({image.name})" for image in images), ""]
     out += ["## Sweeps", "", "Times of the rivals are multiples of ours.", ""]
@@ -101,6 +102,12 @@ def _dispatch(results: Results) -> list[str]:
         'Medians of one call without a plan. "lorakern" is the whole of `lk.bgmv`; the C++ call is the last part of it.'
     )
     return ["## Dispatch", "", text, "", *_table(["case", *names], rows), ""]
+
+
+def _crossovers(results: Results) -> list[str]:
+    rows = [[f"`{name}`", f"{ratio:.2f}"] for name, ratio in report.crossovers(results)]
+    text = "Time of the Triton kernels over that of the CUDA kernels. Under 1, Triton is faster."
+    return ["## CUDA or Triton", "", text, "", *_table(["case", "Triton / CUDA"], rows), ""] if rows else []
 
 
 def _time(run: dict) -> str:

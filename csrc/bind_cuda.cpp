@@ -22,8 +22,8 @@ using Weights = std::vector<std::tuple<Address, int64_t, int64_t, int64_t>>;  //
 using Sizes = std::tuple<int64_t, int64_t, int64_t, int64_t>;                 // tokens, choices, slots, r_max
 using Indices = std::tuple<Address, int64_t, int64_t, bool>;                  // token stride, choice stride
 using Ranks = std::tuple<Address, int64_t, bool>;
-using Gates = std::tuple<Address, int64_t, int64_t>;  // token stride, choice stride
-using PlanArrays = std::tuple<Address, Address>;      // order, starts
+using Gates = std::tuple<Address, int64_t, int64_t>;                                     // token stride, choice stride
+using PlanArrays = std::tuple<Address, Address>;                                         // order, starts
 using RoutingArguments = std::tuple<Sizes, Indices, Strided, Ranks, Gates, PlanArrays>;  // third: scale
 
 template <typename T>

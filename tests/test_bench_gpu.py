@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_bench import FLOORS, ONCE, TINY, Probe, made_up, made_up_run
 
-from benchmarks import alone, floors, gpu_rivals, graphs, inputs, machine, registry, report, runner, session
+from benchmarks import alone, floors, gpu_rivals, graphs, inputs, machine, registry, report, results, runner, session
 from benchmarks.contenders import Skipped
 from benchmarks.registry import Case
 from lorakern.errors import LorakernError
@@ -30,6 +30,16 @@ def test_a_target_of_another_device_is_not_shown():
     assert {target.device for target, _, _ in report.target_rows(run)} == {"cpu"}
     run.machine["device"] = "cuda"
     assert {target.device for target, _, _ in report.target_rows(run)} == {"cuda"}
+
+
+def test_the_page_says_which_backend_was_faster():
+    run = made_up_run(made_up())
+    assert list(report.crossovers(run)) == [] and "CUDA or Triton" not in results.page(run)
+    (name, record), *_ = run.records.items()
+    ours = next(iter(record["runs"].values()))
+    record["runs"] |= {"lorakern cuda": ours, "lorakern triton": ours | {"seconds": 1.5 * ours["seconds"]}}
+    assert list(report.crossovers(run)) == [(name, pytest.approx(1.5))]
+    assert f"| `{name}` | 1.50 |" in results.page(run)
 
 
 def test_files_are_named_after_the_device():

@@ -32,6 +32,12 @@ struct Members {  // in shared memory
   int64_t token[N];
   float factor[N];  // gate * scale
   unsigned same[kWarps];
+
+  __device__ __forceinline__ void set(int place, const Routing& r, int64_t p, float f) {
+    pair[place] = static_cast<int>(p);
+    token[place] = split(r, p).token;
+    factor[place] = f;
+  }
 };
 
 struct Group {  // the same in every thread
@@ -43,10 +49,13 @@ __device__ __forceinline__ unsigned low_bits(int count) {
   return count <= 0 ? 0u : count >= 32 ? 0xffffffffu : (1u << count) - 1u;
 }
 
+// Every load but those of the members' own pairs is begun before the first barrier: they wait for memory once.
 template <int N>
 __device__ Group find_in_indices(const Routing& r, int number, Members<N>& members) {
   const int thread = threadIdx.x, pairs = static_cast<int>(r.num_tokens * r.num_choices);
   const int mine = thread < pairs ? slot_of(r, thread) : -1, slot = slot_of(r, number);
+  const float gate = thread < pairs ? gate_of(r, thread) : 0.0f, scale = slot < 0 ? 0.0f : scale_of(r, slot);
+  const int rank = rank_of(r, slot);
   const unsigned same = __ballot_sync(0xffffffffu, mine == slot);
   if (thread % kWarp == 0) members.same[thread / kWarp] = same;
   __syncthreads();
@@ -59,8 +68,8 @@ __device__ Group find_in_indices(const Routing& r, int number, Members<N>& membe
     total += __popc(word);
   }
   if (slot < 0 || before % N != 0) return {-1, 0, 0};
-  if (mine == slot && place >= before && place < before + N) members.pair[place - before] = thread;
-  return {slot, rank_of(r, slot), min(N, total - before)};
+  if (mine == slot && place >= before && place < before + N) members.set(place - before, r, thread, gate * scale);
+  return {slot, rank, min(N, total - before)};
 }
 
 template <int N>
@@ -72,15 +81,16 @@ __device__ Group find_in_plan(const Routing& r, int64_t number, int step, Member
     slot += __syncthreads_count(s <= r.num_slots && first_number(s) <= number);
   }
   if (slot < 0 || slot >= r.num_slots) return {-1, 0, 0};
+  const int rank = rank_of(r, slot);
   const int64_t start = r.plan.starts[slot], stop = r.plan.starts[slot + 1];
   const int64_t ahead = (number - first_number(slot)) * step, begin = start + ahead;
   if (ahead % N != 0 || begin < 0 || begin >= stop || stop > pairs) return {-1, 0, 0};
-  const int count = static_cast<int>(stop - begin < N ? stop - begin : N);
-  if (static_cast<int>(threadIdx.x) < count) {
-    const int64_t pair = r.plan.order[begin + threadIdx.x];
-    members.pair[threadIdx.x] = static_cast<int>(pair < 0 ? 0 : pair >= pairs ? pairs - 1 : pair);
+  const int count = static_cast<int>(stop - begin < N ? stop - begin : N), thread = threadIdx.x;
+  if (thread < count) {
+    const int64_t pair = r.plan.order[begin + thread], inside = pair < 0 ? 0 : pair >= pairs ? pairs - 1 : pair;
+    members.set(thread, r, inside, gate_of(r, inside) * scale_of(r, slot));
   }
-  return {slot, rank_of(r, slot), count};
+  return {slot, rank, count};
 }
 
 // The group of a number; its count is 0 where there is none or nothing to do. Ends with the members in place.
@@ -88,12 +98,6 @@ template <int N>
 __device__ Group find_group(const Routing& r, int64_t number, int step, Members<N>& members) {
   const Group group = r.plan.order == nullptr ? find_in_indices(r, static_cast<int>(number), members)
                                               : find_in_plan(r, number, step, members);
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < group.count) {
-    const int pair = members.pair[threadIdx.x];
-    members.token[threadIdx.x] = split(r, pair).token;
-    members.factor[threadIdx.x] = gate_of(r, pair) * scale_of(r, group.slot);
-  }
   __syncthreads();
   return group.rank > 0 ? group : Group{-1, 0, 0};
 }

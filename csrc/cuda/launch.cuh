@@ -42,9 +42,7 @@ struct Launcher {
   int64_t pairs() const { return p.routing.num_tokens * p.routing.num_choices; }
 
   // Groups times slices that have something to do, at most.
-  int64_t work(int tokens) const {
-    return std::min(pairs(), pairs() / tokens + p.routing.num_slots) * p.num_slices;
-  }
+  int64_t work(int tokens) const { return std::min(pairs(), pairs() / tokens + p.routing.num_slots) * p.num_slices; }
 
   template <int N>
   int64_t bytes(int64_t blocks) const {
@@ -63,16 +61,15 @@ struct Launcher {
   int64_t blocks(int64_t most) const {
     int64_t count = 1;
     while (count * 2 <= most && work(N) * count * 2 <= int64_t{kBlocksEach} * device.multiprocessors &&
-           (p.x == nullptr || part_length(p.d_in) * kParts / 2 < p.d_in) && bytes<N>(count * 2) <= device.shared_bytes) {
+           (p.x == nullptr || part_length(p.d_in) * kParts / 2 < p.d_in) &&
+           bytes<N>(count * 2) <= device.shared_bytes) {
       count *= 2;
     }
     return count;
   }
 
   // Without clusters a group is one block; where that leaves the device idle, shrink is a launch of its own.
-  bool in_one_launch() const {
-    return device.max_cluster > 1 || work(group_tokens()) >= device.multiprocessors;
-  }
+  bool in_one_launch() const { return device.max_cluster > 1 || work(group_tokens()) >= device.multiprocessors; }
 
   int planes() const {
     if (p.routing.num_choices == 1 && in_one_launch()) return 0;
@@ -145,20 +142,25 @@ int planes_of(const BgmvParams& p, const Device& device) {
 
 template <typename T>
 cudaError_t load_bgmv(Device* device) {
-  for (const void* kernel :
-       {reinterpret_cast<const void*>(lora<T, 8>), reinterpret_cast<const void*>(lora<T, 32>),
-        reinterpret_cast<const void*>(lora<T, 64>), reinterpret_cast<const void*>(mixture<T, 8>),
-        reinterpret_cast<const void*>(mixture<T, 32>)}) {
+  for (const void* kernel : {reinterpret_cast<const void*>(lora<T, 8>), reinterpret_cast<const void*>(lora<T, 32>),
+                             reinterpret_cast<const void*>(lora<T, 64>), reinterpret_cast<const void*>(mixture<T, 8>),
+                             reinterpret_cast<const void*>(mixture<T, 32>)}) {
     cudaFuncAttributes attributes;
     if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     const int room = device->shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room)) return error;
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room))
+      return error;
+    // what several blocks need at a time, too
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100))
+      return error;
   }
   for (auto kernel : {lora<T, 8>, lora<T, 32>, lora<T, 64>}) {
     if (device->max_cluster <= kPortableCluster) break;
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) return error;
+    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+      return error;
     // not every device, or part of one, has that many multiprocessors side by side
-    ClusterLaunch launch(device->max_cluster, device->max_cluster, 1, layout_of<T, 32>(kRankTile, kParts).total, nullptr);
+    ClusterLaunch launch(device->max_cluster, device->max_cluster, 1, layout_of<T, 32>(kRankTile, kParts).total,
+                         nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess || clusters == 0) {
       cudaGetLastError();

@@ -18,8 +18,8 @@
 
 namespace lorakern::cuda {
 
-constexpr int kParts = 16;    // of d_in
-constexpr int kQuarter = 4;   // parts that are added first
+constexpr int kParts = 16;     // of d_in
+constexpr int kQuarter = 4;    // parts that are added first
 constexpr int kRankTile = 64;  // ranks at a time where there are more
 template <typename T>
 constexpr int kDepth = 128 / sizeof(T);  // columns of a part in one stage
@@ -41,8 +41,8 @@ struct Shape {
   static constexpr int kRankWarps = R / 16;
   static constexpr int kGroups = N <= 16 ? kWarps / kRankWarps : 1;  // parts of d_in side by side
   static constexpr int kTokenWarps = kWarps / (kRankWarps * kGroups);
-  static constexpr int kTokenTiles = N / 8 / kTokenWarps;            // of a warp, in shrink
-  static constexpr int kColumns = N <= 16 ? 4096 / R : 64;           // of y, in one stage
+  static constexpr int kTokenTiles = N / 8 / kTokenWarps;   // of a warp, in shrink
+  static constexpr int kColumns = N <= 16 ? 4096 / R : 64;  // of y, in one stage
   static constexpr int kWarpColumns = kColumns / kWarps;
   static constexpr int kABytes = kGroups * R * kDepth * sizeof(T);
   static constexpr int kXBytes = kGroups * N * kDepth * sizeof(T);
@@ -122,12 +122,12 @@ struct LoraBlock {
   bool shrinks, expands, accumulate;
   bool plane_sums;  // leave the parts in planes of h
   bool a_aligned, x_aligned, b_aligned, y_aligned;
-  int received_at, h_at;         // in dynamic shared memory
-  int log_share;                 // of a block in a rank tile of h: a power of two
-  int stride;                    // of h in shared memory, in floats
-  int part;                      // columns of d_in in one part
-  int own_parts, rounds, pieces, shrink_stages;
-  int64_t d_in, columns;         // of x, of this slice of y
+  int received_at, h_at;  // in dynamic shared memory
+  int log_share;          // of a block in a rank tile of h: a power of two
+  int stride;             // of h in shared memory, in floats
+  int part;               // columns of d_in in one part
+  int own_parts, rounds, pieces;
+  int64_t d_in, columns;  // of x, of this slice of y
   int64_t a_stride, x_stride, b_stride, y_stride;
   const T* a;
   const T* x;
@@ -135,46 +135,53 @@ struct LoraBlock {
   T* y;
   Planes planes;
 
+  // A part each by the first lane of the four warps.
   __device__ void set(const BgmvParams& p, const Group& g, const Members<N>* m, int count) {
+    if (lane() != 0) return;
     const int slice = blockIdx.z;
-    const Layout layout = layout_of<T, N>(p.routing.r_max, count);
     const Weight &A = p.A[slice], &B = p.B[slice];
-    group = g;
-    members = m;
-    blocks = count;
-    block = blockIdx.x % count;
-    shrinks = p.x != nullptr;
-    expands = p.y != nullptr;
-    accumulate = p.accumulate;
-    planes = planes_of_slice(p, slice);
-    plane_sums = !expands && p.num_planes > 1;
-    received_at = layout.received;
-    h_at = layout.h;
-    log_share = __ffs(R * N / count) - 1;
-    stride = h_stride(p.routing.r_max);
-    part = static_cast<int>(part_length(p.d_in));
-    own_parts = kParts / blocks;
-    rounds = (own_parts + S::kGroups - 1) / S::kGroups;
-    pieces = (part + kDepth - 1) / kDepth;
-    shrink_stages = shrinks ? (g.rank + R - 1) / R * rounds * pieces : 0;
-    d_in = p.d_in;
-    columns = expands ? B.rows : 0;
-    a = static_cast<const T*>(A.data) + g.slot * A.slot_stride;
-    x = static_cast<const T*>(p.x);
-    b = static_cast<const T*>(B.data) + g.slot * B.slot_stride;
-    y = static_cast<T*>(p.y) + first_column_of(p, slice);
-    a_stride = A.row_stride;
-    x_stride = p.x_stride;
-    b_stride = B.row_stride;
-    y_stride = p.y_stride;
-    a_aligned = in_chunks(a, a_stride);
-    x_aligned = in_chunks(x, x_stride);
-    b_aligned = in_chunks(b, b_stride);
-    y_aligned = in_chunks(y, y_stride);
+    if (warp() == 0) {
+      group = g;
+      members = m;
+      blocks = count;
+      block = blockIdx.x % count;
+      shrinks = p.x != nullptr;
+      expands = p.y != nullptr;
+      accumulate = p.accumulate;
+      plane_sums = p.y == nullptr && p.num_planes > 1;
+      part = static_cast<int>(part_length(p.d_in));
+      pieces = (static_cast<int>(part_length(p.d_in)) + kDepth - 1) / kDepth;
+      d_in = p.d_in;
+    } else if (warp() == 1) {
+      a = static_cast<const T*>(A.data) + g.slot * A.slot_stride;
+      x = static_cast<const T*>(p.x);
+      a_stride = A.row_stride;
+      x_stride = p.x_stride;
+      a_aligned = in_chunks(static_cast<const T*>(A.data) + g.slot * A.slot_stride, A.row_stride);
+      x_aligned = in_chunks(static_cast<const T*>(p.x), p.x_stride);
+    } else if (warp() == 2) {
+      b = static_cast<const T*>(B.data) + g.slot * B.slot_stride;
+      b_stride = B.row_stride;
+      b_aligned = in_chunks(static_cast<const T*>(B.data) + g.slot * B.slot_stride, B.row_stride);
+      columns = p.y ? B.rows : 0;
+      y = static_cast<T*>(p.y) + first_column_of(p, slice);
+      y_stride = p.y_stride;
+      y_aligned = in_chunks(static_cast<T*>(p.y) + first_column_of(p, slice), p.y_stride);
+    } else {
+      const Layout layout = layout_of<T, N>(p.routing.r_max, count);
+      received_at = layout.received;
+      h_at = layout.h;
+      log_share = __ffs(R * N / count) - 1;
+      stride = h_stride(p.routing.r_max);
+      own_parts = kParts / count;
+      rounds = (kParts / count + S::kGroups - 1) / S::kGroups;
+      planes = planes_of_slice(p, slice);
+    }
   }
 
   __device__ float* h() const { return reinterpret_cast<float*>(dynamic_shared() + h_at); }
   __device__ float* received() const { return reinterpret_cast<float*>(dynamic_shared() + received_at); }
+  __device__ int shrink_stages() const { return shrinks ? (group.rank + R - 1) / R * rounds * pieces : 0; }
   __device__ int warp() const { return threadIdx.x / kWarp; }
   __device__ int lane() const { return threadIdx.x % kWarp; }
 
@@ -189,20 +196,23 @@ struct LoraBlock {
 
   __device__ char* buffer(int i) { return dynamic_shared() + i % kStages * S::kStageBytes; }
 
+  // What lies in shared memory is read once: across the copies the compiler would read it anew each time.
   __device__ void load(int i, ShrinkStage& stage) {
     char* to = buffer(i);
     // where part j of this round begins in this stage, and how many columns are left of it
-    const int64_t first = int64_t{block * own_parts + stage.round * S::kGroups} * part + stage.piece * kDepth;
-    const int64_t length = part - stage.piece * kDepth, parts = own_parts - stage.round * S::kGroups;
-    auto count = [&](int j) -> int64_t { return j >= parts ? 0 : min(length, d_in - first - j * part); };
-    load_tile<T, kDepth, S::kGroups * R, kThreads>(to, a_aligned, [&](int row) -> Run<T> {
-      const int j = row / R, rank = stage.rank + row % R;
-      return {a + rank * a_stride + first + j * part, rank < group.rank ? count(j) : 0};
-    });
-    load_tile<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, [&](int row) -> Run<T> {
+    const int64_t apart = part,
+                  first = int64_t{block * own_parts + stage.round * S::kGroups} * part + stage.piece * kDepth;
+    const int length = part - stage.piece * kDepth, parts = own_parts - stage.round * S::kGroups, tokens = group.count;
+    const int64_t left = d_in - first, stride_x = x_stride;
+    auto count = [=](int j) { return j >= parts ? 0 : static_cast<int>(min(int64_t{length}, left - j * apart)); };
+    load_matrix<T, kDepth, S::kGroups, R, kThreads>(to, a_aligned, a + stage.rank * a_stride + first, apart, a_stride,
+                                                    group.rank - stage.rank, count);
+    const T* from = x + first;
+    const int64_t* token = members->token;
+    load_tile<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, [=](int row) -> Run<T> {
       const int j = row / N, n = row % N;
-      if (n >= group.count) return {x, 0};
-      return {x + members->token[n] * x_stride + first + j * part, count(j)};
+      if (n >= tokens) return {from, 0};
+      return {from + token[n] * stride_x + j * apart, count(j)};
     });
     if (++stage.piece < pieces) return;
     stage.piece = 0;
@@ -212,15 +222,17 @@ struct LoraBlock {
   }
 
   __device__ void load(int i, ExpandStage& stage) {
-    const int64_t left = columns - stage.column;
-    load_tile<T, R, S::kColumns, kThreads>(buffer(i), b_aligned, [&](int row) -> Run<T> {
-      return {b + (stage.column + row) * b_stride + stage.rank, row < left ? group.rank - stage.rank : 0};
-    });
+    char* to = buffer(i);
+    const int left = capped(columns - stage.column), ranks = group.rank - stage.rank;
+    load_matrix<T, R, 1, S::kColumns, kThreads>(to, b_aligned, b + stage.column * b_stride + stage.rank, 0, b_stride,
+                                                left, [=](int) { return ranks; });
     // y comes with the last ranks
-    if (accumulate && stage.rank + R >= group.rank) {
-      Y::load(buffer(i) + S::kBBytes, group.count, y_aligned, [&](int token) -> Run<T> {
-        return {y + members->token[token] * y_stride + stage.column, left};
-      });
+    if (accumulate && ranks <= R) {
+      const T* from = y + stage.column;
+      const int64_t stride = y_stride;
+      const int64_t* token = members->token;
+      Y::load(to + S::kBBytes, group.count, y_aligned,
+              [=](int n) -> Run<T> { return {from + token[n] * stride, left}; });
     }
     advance(stage);
   }
@@ -250,6 +262,7 @@ struct LoraBlock {
     const int j = warp() / (S::kRankWarps * S::kTokenWarps), m = warp() / S::kTokenWarps % S::kRankWarps * 16;
     const int n = warp() % S::kTokenWarps * S::kTokenTiles * 8;
     const bool parts = plane_sums || sends_parts(N, blocks);
+    const int shrink_stages = this->shrink_stages();
     ShrinkStage ahead, now;
     Sums<S::kTokenTiles> sums, quarter, total;
     for (int i = 1 - kStages; i < shrink_stages; ++i) {
@@ -313,7 +326,8 @@ struct LoraBlock {
         if (token < group.count) write_h(index, first_rank + rank, token, sums[t][e]);
       } else {
         const int place = token * R + rank;
-        store_shared_of(place >> log_share, received() + (index << log_share) + (place & ((1 << log_share) - 1)), sums[t][e]);
+        store_shared_of(place >> log_share, received() + (index << log_share) + (place & ((1 << log_share) - 1)),
+                        sums[t][e]);
       }
     });
   }
@@ -384,7 +398,7 @@ struct LoraBlock {
     const int first = warp() * S::kWarpColumns;
     Sums<kTiles> sums;
     ExpandStage now = {int64_t{block} * S::kColumns};
-    for (int i = shrink_stages; now.column < columns; ++i, advance(now)) {
+    for (int i = shrink_stages(); now.column < columns; ++i, advance(now)) {
       wait();
       if (ahead.column < columns) load(i + kStages - 1, ahead);
       commit_copies();
@@ -405,8 +419,9 @@ struct LoraBlock {
       if (!is_last) continue;
       __syncwarp();
       const int64_t column = now.column + first;
+      const int left = capped(columns - column);
       Y::template store<S::kWarpColumns>(from + S::kBBytes, first, group.count, y_aligned, [&](int token) -> RunOut<T> {
-        return {y + members->token[token] * y_stride + column, columns - column};
+        return {y + members->token[token] * y_stride + column, left};
       });
     }
   }
@@ -416,14 +431,16 @@ template <int R, typename T, int N>
 __device__ __forceinline__ void run(char* place, const BgmvParams& p, const Group& group, const Members<N>* members,
                                     int blocks) {
   auto& block = *reinterpret_cast<LoraBlock<T, N, R>*>(place);
-  if (threadIdx.x == 0) block.set(p, group, members, blocks);
+  block.set(p, group, members, blocks);
   __syncthreads();
   block.run();
 }
 
 // blockIdx.x: the blocks of a group side by side, group after group; blockIdx.z: the slice.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : N <= 32 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, N <= 16   ? 4
+                                            : N <= 32 ? 3
+                                                      : 2)
     lora(const __grid_constant__ BgmvParams p, int blocks, int step) {
   __shared__ Members<N> members;
   __shared__ __align__(16) char block[sizeof(LoraBlock<T, N, 16>)];

@@ -62,7 +62,7 @@ struct MixtureBlock {
         factors(reinterpret_cast<float*>(keys + N * choices)),
         y(static_cast<T*>(p.y) + first_column_of(p, slice) + first_column) {}
 
-  __device__ int64_t columns() const { return p.B[slice].rows - first_column; }
+  __device__ int columns() const { return capped(p.B[slice].rows - first_column); }
   __device__ char* stage(int i) { return stages + i % S::kStages * S::kStageBytes; }
 
   __device__ void route() {

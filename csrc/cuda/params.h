@@ -21,13 +21,13 @@ struct Routing {  // which adapter serves which pair, and how strongly
   int64_t ranks_stride;
   const float* gates;  // (T, K) or null for 1
   int64_t gates_token_stride, gates_choice_stride;
-  // A plan of these indices, or null where no kernel of the call needs one. A kernel reads order only between starts, and
-  // clamps what it finds there: a plan of other indices gives wrong sums, never an access outside of the arrays.
+  // A plan of these indices, or null where no kernel of the call needs one. A kernel reads order only between starts,
+  // and clamps what it finds there: a plan of other indices gives wrong sums, never an access outside of the arrays.
   Plan plan;
 };
 
 struct BgmvParams {  // x null: expand alone, from h. y null: shrink alone, into h
-  Dtype dtype;  // of x, A, B and y
+  Dtype dtype;       // of x, A, B and y
   Routing routing;
   int64_t d_in;
   int num_slices;
@@ -64,8 +64,8 @@ struct BackwardParams {  // gradients of y = delta(x): any output may be null. O
 };
 
 // Each returns null, or what CUDA has to say against it (a string that lives forever). `stream` is a cudaStream_t.
-// Those that take a device make it current in the calling thread and leave it so. This library links its own copy of the
-// CUDA runtime: whoever uses another one restores the device there.
+// Those that take a device make it current in the calling thread and leave it so. This library links its own copy of
+// the CUDA runtime: whoever uses another one restores the device there.
 const char* bgmv(const BgmvParams& params, int device, void* stream);
 const char* planes(const BgmvParams& params, int device, int* count);  // of h that bgmv needs; pointers do not matter
 const char* backward(const BackwardParams& params, int device, void* stream);

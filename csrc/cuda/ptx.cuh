@@ -1,4 +1,7 @@
 // The instructions that CUDA C++ has no name for, one function each. No other file contains PTX.
+//
+// Copies and matrix loads are not marked as touching memory: what they touch is fenced by wait_copies and barriers, and
+// the compiler may keep across them what it has read from elsewhere.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -14,12 +17,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 // 16 bytes of shared memory begin to be filled with `bytes` (0 .. 16) bytes from global memory, zeros after them. Both
 // addresses are multiples of 16; where bytes is 0 nothing is read.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes));
 }
 
 // Ends a group of the copies that this thread has begun since the last group.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
 
 // Waits until all but the newest kPending groups of this thread have arrived.
 template <int kPending>
@@ -32,35 +34,34 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 
 // The same of the transposed matrices: lane 4 g + t gets the elements g of rows 2 t and 2 t + 1.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
+               : "r"(shared_address(row)));
 }
 
 // c (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds c[g][2 t], c[g][2 t + 1], c[g + 8][2 t], c[g + 8][2 t + 1];
-// in a the pairs a[g][2 t ..], a[g + 8][2 t ..], a[g][2 t + 8 ..], a[g + 8][2 t + 8 ..]; in b the pairs b[2 t ..][g] and
-// b[2 t + 8 ..][g], the smaller index in the lower half.
+// in a the pairs a[g][2 t ..], a[g + 8][2 t ..], a[g][2 t + 8 ..], a[g + 8][2 t + 8 ..]; in b the pairs b[2 t ..][g]
+// and b[2 t + 8 ..][g], the smaller index in the lower half.
 template <typename T>
 __device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 template <>
 __device__ __forceinline__ void multiply<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
 __device__ __forceinline__ void multiply<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                         uint32_t b1) {
+                                                        uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"

@@ -27,8 +27,11 @@ struct Tile {
 template <typename T>
 struct Run {
   const T* data;
-  int64_t count;
+  int count;
 };
+
+// A count that may pass 31 bits, of which only the chunk at hand matters.
+__device__ __forceinline__ int capped(int64_t count) { return static_cast<int>(count < 1 << 30 ? count : 1 << 30); }
 
 __device__ __forceinline__ bool on_16_bytes(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
@@ -44,7 +47,7 @@ __device__ __forceinline__ bool in_chunks(const T* row, int64_t stride) {
 // this thread, others are there at the next barrier; what arrives does not depend on it.
 template <typename T>
 __device__ __forceinline__ void load_chunk(char* shared, Run<T> run, bool aligned) {
-  const int count = run.count < 0 ? 0 : run.count > kPerChunk<T> ? kPerChunk<T> : static_cast<int>(run.count);
+  const int count = min(max(run.count, 0), kPerChunk<T>);
   if (aligned) {
     copy_async(shared, run.data, count * static_cast<int>(sizeof(T)));
   } else {
@@ -66,16 +69,35 @@ __device__ __forceinline__ void load_tile(char* tile, bool aligned, Source sourc
       const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
       Run<T> run = source(row);
       run.count -= chunk * kPerChunk<T>;
-      if (run.count > 0) run.data += chunk * kPerChunk<T>;
+      run.data += chunk * kPerChunk<T>;
       load_chunk(Layout::chunk(tile, row, chunk), run, aligned);
     }
+  }
+}
+
+// Fills kOuter times kRows rows: row r of the j-th is `first` + j * outer_stride + r * row_stride and has count(j)
+// elements, none where r >= rows.
+template <typename T, int kColumns, int kOuter, int kRows, int kThreads, typename Count>
+__device__ __forceinline__ void load_matrix(char* tile, bool aligned, const T* first, int64_t outer_stride,
+                                            int64_t row_stride, int rows, Count count) {
+  using Layout = Tile<T, kColumns>;
+  constexpr int kStep = kThreads / Layout::kChunks;  // rows at a time
+  static_assert(kRows % kStep == 0, "a thread keeps to one row in kStep");
+  const int own_row = threadIdx.x / Layout::kChunks, chunk = threadIdx.x % Layout::kChunks;
+  first += own_row * row_stride + chunk * kPerChunk<T>;
+#pragma unroll
+  for (int i = 0; i < kOuter * kRows; i += kStep) {
+    const int j = i / kRows, r = i % kRows;
+    const Run<T> run = {first + j * outer_stride + r * row_stride,
+                        own_row + r < rows ? count(j) - chunk * kPerChunk<T> : 0};
+    load_chunk(Layout::chunk(tile, i + own_row, chunk), run, aligned);
   }
 }
 
 template <typename T>
 struct RunOut {
   T* data;
-  int64_t count;
+  int count;
 };
 
 // A tile of y: rows of tokens. The padding keeps neighbouring tokens off the same banks.
@@ -95,7 +117,7 @@ struct YTile {
       const int token = i / kChunks, chunk = i % kChunks;
       Run<T> run = source(token);
       run.count -= chunk * kPerChunk<T>;
-      if (run.count > 0) run.data += chunk * kPerChunk<T>;
+      run.data += chunk * kPerChunk<T>;
       load_chunk(tile + token * kRowBytes + chunk * 16, run, aligned);
     }
   }

@@ -73,7 +73,7 @@ def select(op: str, device: torch.device, layer: Layer):
         raise LorakernError(f"{op}: tensors must be on {' or '.join(_ORDER)}; got {device.type}")
     candidates = _ORDER[device.type][op]
     if len(candidates) > 1 and (name := fastest(op, _capability(device), layer)):
-        candidates = sorted(candidates, key=lambda backend: backend.NAME != name)
+        candidates = sorted(candidates, key=lambda backend: name != backend.NAME)
     reasons = []
     for backend in candidates:
         reason = backend.missing() or (backend.refuses(op, layer) if hasattr(backend, "refuses") else None)

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Layer:
-    """What of a call may decide about its backend: dtype, the rank that weights are allocated for, choices per token."""
+    """What of a call may decide about its backend: dtype, the rank weights are allocated for, choices per token."""
 
     dtype: torch.dtype
     r_max: int = 0
