@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import test_cuda
+import test_cuda_backward
+import torch
 from emulated_cuda import install
 from test_cuda_emulated import CASES, planted
 
@@ -16,12 +18,17 @@ PLANTED = ("missing_barrier", "missing_second_barrier", "wait_without_barrier", 
 
 def kernels():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_cuda, "DEVICE", "cpu")
+        for module in (test_cuda, test_cuda_backward):
+            patch.setattr(module, "DEVICE", "cpu")
         for arch in (80, 90):
             install(patch, arch)
             for dtype, tolerance in test_cuda.DTYPES:
                 for *shape, choices in CASES[:-1]:  # the last one has too many blocks
                     test_cuda.check(test_cuda.make_case(*shape, dtype, choices=choices), tolerance, 3)
+        # Gradients and plans know no arch.
+        for dtype, tolerance in (test_cuda.DTYPES[0], test_cuda.DTYPES[2]):
+            test_cuda_backward.check(test_cuda.make_case(70, 72, (72,), 1, 24, dtype), tolerance)
+        test_cuda_backward.test_plan_is_that_of_the_reference((700, 2), 5, torch.int32)
 
 
 def samples(wrong):

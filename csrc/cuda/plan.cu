@@ -48,20 +48,19 @@ __device__ int scan(const Routing& r, int64_t begin, int64_t end, int64_t first,
 __global__ void __launch_bounds__(kThreads, 1)
     place(const __grid_constant__ Routing r, int32_t* order, int32_t* starts, int64_t keys_per_block) {
   __shared__ int counts[kMaxKeys][kWarps + 1];  // of a key in a warp's part; then where the warp places the next one
-  __shared__ int smaller;
+  __shared__ int smaller[kWarps];               // pairs of smaller keys in a warp's part
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int64_t pairs = r.num_tokens * r.num_choices;
   const int64_t part = (pairs + kWarps - 1) / kWarps, begin = min(warp * part, pairs), end = min(begin + part, pairs);
   for (int64_t first = blockIdx.x * keys_per_block; first <= r.num_slots; first += gridDim.x * keys_per_block) {
     const int keys = static_cast<int>(min(keys_per_block, r.num_slots + 1 - first));
     for (int i = thread; i < kMaxKeys * (kWarps + 1); i += kThreads) counts[i / (kWarps + 1)][i % (kWarps + 1)] = 0;
-    if (thread == 0) smaller = 0;
     __syncthreads();
     int less = scan(r, begin, end, first, keys, [&](int key, uint32_t lanes, int64_t) {
       if (lane == 0) counts[key][warp] += __popc(lanes);
     });
     for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) less += __shfl_xor_sync(0xffffffffu, less, lanes);
-    if (lane == 0) atomicAdd(&smaller, less);
+    if (lane == 0) smaller[warp] = less;
     __syncthreads();
     // counts[key][kWarps] = all of the key; then every count becomes the sum of those before it.
     if (thread < keys) {
@@ -69,7 +68,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     __syncthreads();
     if (thread < keys) {
-      int position = smaller;
+      int position = 0;
+      for (int w = 0; w < kWarps; ++w) position += smaller[w];
       for (int key = 0; key < thread; ++key) position += counts[key][kWarps];
       starts[first + thread] = position;
       for (int w = 0; w < kWarps; ++w) {
