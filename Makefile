@@ -42,7 +42,7 @@ bench-quick: .venv/built .venv/rivals
 lint: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/native/*)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(wildcard tests/native/*.* tests/native/cuda/*.h tests/native/cuda/*.c*)
 
 # Memory errors, undefined behaviour, leaks and data races in csrc; builds of their own, in build/asan and build/tsan.
 sanitize: .venv/built

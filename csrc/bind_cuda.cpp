@@ -92,6 +92,44 @@ int planes(int device, int dtype, const Sizes& sizes, int64_t d_in, int num_slic
   return count;
 }
 
+void backward(int device, Address stream, int dtype, const RoutingArguments& routing, int64_t d_in, const Strided& x,
+              const Weights& A, const Strided& dy, const Weights& B, Address h, Address dh, int num_planes,
+              Address dots, Address dx_sum, Address dx, const std::vector<Address>& dA, const std::vector<Address>& dB,
+              Address dscale, Address dgates, bool first_call, bool last_call) {
+  if (A.size() != B.size() || A.size() != dA.size() || A.size() != dB.size() || A.size() > size_t{kMaxSlices}) {
+    throw std::invalid_argument("A, B, dA, dB: slices");
+  }
+  cuda::BackwardParams p = {};
+  p.dtype = static_cast<Dtype>(dtype);
+  p.routing = routing_of(routing);
+  p.d_in = d_in;
+  p.num_slices = static_cast<int>(A.size());
+  p.first_call = first_call;
+  p.last_call = last_call;
+  p.x = pointer<const void>(std::get<0>(x));
+  p.x_stride = std::get<1>(x);
+  p.dy = pointer<const void>(std::get<0>(dy));
+  p.dy_stride = std::get<1>(dy);
+  fill(p.A, A);
+  fill(p.B, B);
+  p.h = pointer<float>(h);
+  p.dh = pointer<float>(dh);
+  p.num_planes = num_planes;
+  p.dots = pointer<float>(dots);
+  p.dx_sum = pointer<float>(dx_sum);
+  p.dx = pointer<void>(dx);
+  std::transform(dA.begin(), dA.end(), p.dA, pointer<void>);
+  std::transform(dB.begin(), dB.end(), p.dB, pointer<void>);
+  p.dscale = pointer<float>(dscale);
+  p.dgates = pointer<float>(dgates);
+  check(cuda::backward(p, device, pointer<void>(stream)));
+}
+
+void plan(int device, Address stream, const RoutingArguments& routing, Address order, Address starts) {
+  check(cuda::plan(routing_of(routing), pointer<int32_t>(order), pointer<int32_t>(starts), device,
+                   pointer<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -102,6 +140,13 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("accumulate"), py::call_guard<py::gil_scoped_release>());
   m.def("planes", &planes, py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("sizes"), py::arg("d_in"),
         py::arg("num_slices"));
+  m.def("backward", &backward, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("dtype"),
+        py::arg("routing"), py::arg("d_in"), py::arg("x"), py::arg("A"), py::arg("dy"), py::arg("B"), py::arg("h"),
+        py::arg("dh"), py::arg("num_planes"), py::arg("dots"), py::arg("dx_sum"), py::arg("dx"), py::arg("dA"),
+        py::arg("dB"), py::arg("dscale"), py::arg("dgates"), py::arg("first_call"), py::arg("last_call"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("plan", &plan, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("routing"), py::arg("order"),
+        py::arg("starts"), py::call_guard<py::gil_scoped_release>());
   m.def(
       "preload", [](int device) { check(cuda::preload(device)); }, py::arg("device"),
       py::call_guard<py::gil_scoped_release>());

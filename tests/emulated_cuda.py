@@ -1,11 +1,15 @@
 """Puts the emulator of native/cuda under the CUDA backend, which then takes CPU tensors."""
 
+import ctypes
 import functools
 import importlib.util
+import mmap
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from lorakern.backends import cuda
 
@@ -44,3 +48,21 @@ def install(monkeypatch, arch=None):
     monkeypatch.setattr(cuda, "_module", lambda: module(arch))
     monkeypatch.setattr(cuda, "_on", _on)
     monkeypatch.setattr(cuda, "_preloaded", functools.cache(cuda._preloaded.__wrapped__))
+
+
+def fenced(tensor, at_end):
+    """A contiguous copy that ends (or begins) where memory does: beyond it, the emulator reports a fault."""
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + 2 * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (start, start + mmap.PAGESIZE + pages):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    offset = mmap.PAGESIZE + (pages - size if at_end else 0)
+    return (
+        torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+        .view(tensor.shape)
+        .copy_(tensor)
+    )

@@ -1,5 +1,7 @@
 """make sanitize: csrc under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; any report fails.
 
+The CUDA kernels run on the emulator of native/cuda, where ThreadSanitizer tells the threads of a block apart.
+
 Each build first has to report errors planted in every ISA variant, so that its silence afterwards means something.
 Leaks are looked for in the C++ program only: in Python, torch's and the interpreter's own would drown ours.
 """
@@ -122,6 +124,33 @@ def python_tests(lib):
     sys.exit(pytest.main(["-q", "-o", "pythonpath=", "-m", "not gpu", *(f"tests/test_{t}.py" for t in TESTS)]))
 
 
+def cuda_races(fixed):
+    """Races between CUDA threads: all planted ones are reported, none in kernels without a mistake."""
+    races = {"LORAKERN_EMULATOR_RACES": "1", "OMP_NUM_THREADS": "1"}
+    if run(sys.executable, "tests/native/cuda/build.py", **races):
+        fail("the CUDA kernels do not build with -fsanitize=thread")
+
+    def reports(*arguments):
+        command = [*fixed, sys.executable, "tests/cuda_races.py", *arguments]
+        environment = (
+            os.environ
+            | races
+            | {"LD_PRELOAD": runtime("libtsan.so"), "TSAN_OPTIONS": "exitcode=0 suppress_equal_addresses=0"}
+        )
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            fail(f"tests/cuda_races.py {' '.join(arguments)} fails:\n{done.stderr}")
+        return done.stderr
+
+    planted = re.split(r"^(?=\w+$)", reports("planted"), flags=re.MULTILINE)[1:]
+    if not planted or not all("ThreadSanitizer: data race" in report for report in planted):
+        fail(f"a planted CUDA race was not reported: {[report[:200] for report in planted]}")
+    print("planted CUDA races are reported; the CUDA kernels under ThreadSanitizer:", flush=True)
+    for silent in (reports("right"), reports()):
+        if "ThreadSanitizer" in silent:
+            fail(f"CUDA threads race:\n{silent}")
+
+
 def main():
     preload = f"{runtime('libasan.so')} {runtime('libstdc++.so')}"  # libstdc++: ASan wraps its throw when it starts
     runtime("libubsan.so"), runtime("libtsan.so")
@@ -137,6 +166,7 @@ def main():
     print("the planted data race is reported; concurrent calls under ThreadSanitizer:", flush=True)
     if run(*fixed, "build/tsan/concurrent"):
         fail("concurrent calls are not clean under ThreadSanitizer")
+    cuda_races(fixed)
 
     print("the same under AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer:", flush=True)
     if run("build/asan/concurrent", ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1"):

@@ -250,17 +250,6 @@ def test_the_device_of_the_tensors_decides():
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("shape", [(0, 1), (1, 1), (63, 1), (20, 3)])
-def test_plan_groups_stably_by_slot(shape, dtype):
-    indices = torch.randint(-2, 7, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    order, starts = cuda.plan(indices.T.contiguous().T, 5)
-    slots = [slot if 0 <= slot < 5 else 5 for slot in indices.flatten().tolist()]
-    assert order.dtype == starts.dtype == torch.int32
-    assert order.tolist() == sorted(range(len(slots)), key=slots.__getitem__)
-    assert starts.tolist() == [sum(slot < wanted for slot in slots) for wanted in range(6)]
-
-
 @pytest.fixture
 def fresh_missing():
     cuda.missing.cache_clear()

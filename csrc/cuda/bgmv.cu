@@ -20,6 +20,8 @@ cudaError_t load(int index, Device* device) {
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
     if (!error) error = with_dtype(dtype, [&](auto zero) { return load_bgmv<decltype(zero)>(device); });
   }
+  if (!error) error = load_backward();
+  if (!error) error = load_plan();
   return error;
 }
 

@@ -85,6 +85,15 @@ cudaError_t with_dtype(Dtype dtype, Function function) {
   return cudaErrorInvalidValue;
 }
 
+// Loads kernels now rather than at their first launch.
+template <typename... Kernels>
+cudaError_t load_kernels(Kernels... kernels) {
+  cudaFuncAttributes unused;
+  cudaError_t error = cudaSuccess;
+  ((error = error ? error : cudaFuncGetAttributes(&unused, kernels)), ...);
+  return error;
+}
+
 // What CUDA has to say against a call, or null.
 inline const char* describe(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;

@@ -23,4 +23,7 @@ int planes_of(const BgmvParams& p, const Device& device);
 template <typename T>
 cudaError_t load_bgmv(Device* device);
 
+cudaError_t load_backward();
+cudaError_t load_plan();
+
 }  // namespace lorakern::cuda

@@ -42,25 +42,28 @@ struct BgmvParams {  // x null: expand alone, from h. y null: shrink alone, into
   bool accumulate;  // y += or y =, for tokens that have an adapter
 };
 
-struct BackwardParams {  // gradients of y = delta(x): any output may be null. Outputs are contiguous
+struct BackwardParams {  // gradients of y = delta(x); the routing has a plan. Outputs are contiguous; any may be null
   Dtype dtype;
   Routing routing;
   int64_t d_in;
-  int num_slices;
+  int num_slices;  // of this call: more than kMaxSlices come in several calls, the first and the last marked as such
+  bool first_call, last_call;
   const void* x;
   int64_t x_stride;
-  const void* dy;  // (T, sum of d_out)
+  const void* dy;  // at the first column of the call's slices
   int64_t dy_stride;
   Weight A[kMaxSlices];
   Weight B[kMaxSlices];
-  const float* h;        // (slices, T * K, r_max): A x, one plane
-  float* dh;             // (slices, T * K, r_max): scratch for B^T dy
-  void* dx;              // (T, d_in), added to where `add_dx`
-  bool add_dx;           // slices beyond kMaxSlices come in further calls
+  float* h;              // (slices, T * K, r_max): A x, one plane; comes back times scale and gate
+  float* dh;             // (planes, slices, T * K, r_max): scratch; the sum over d_out in B^T dy is cut into planes
+  int num_planes;        // by the shapes of the weights alone, never by T
+  float* dots;           // (T * K): scratch that the calls share
+  float* dx_sum;         // (T, d_in): the same; null where there is one call
+  void* dx;              // (T, d_in): written by the last call, as are dscale and dgates
   void* dA[kMaxSlices];  // (slots, r_max, d_in)
   void* dB[kMaxSlices];  // (slots, d_out, r_max)
-  float* dscale;         // (slots), added to
-  float* dgates;         // (T, K), added to
+  float* dscale;         // (slots)
+  float* dgates;         // (T, K)
 };
 
 // Each returns null, or what CUDA has to say against it (a string that lives forever). `stream` is a cudaStream_t.

@@ -1,7 +1,8 @@
 """The CUDA backend (csrc/cuda): bgmv in one launch where a token has one adapter, else in two, on the current stream.
 
-Up to 128 pairs are grouped by the kernels themselves; beyond that they follow a plan, which is made here if there is
-none. Whatever CUDA objects to (no code for this device, a bad launch, an earlier fault) is raised as RuntimeError.
+Gradients take h = A x by the same kernels and up to five launches more; a plan is one. Up to 128 pairs are grouped by the
+kernels themselves; beyond that they follow a plan, which is made here if there is none. Whatever CUDA objects to (no code
+for this device, a bad launch, an earlier fault) is raised as RuntimeError.
 """
 
 import functools
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 import torch
 
 from lorakern.backends.crossover import Layer
-from lorakern.backends.reference import plan as plan  # plain torch, without waiting for the device
 from lorakern.errors import LorakernError
 
 NAME = "cuda"
@@ -64,6 +64,20 @@ def warmup(layers, dtype, device, **options):
     return 0
 
 
+def plan(indices, num_slots):
+    """Group pairs by slot, in one launch."""
+    order, starts = (torch.empty(n, dtype=torch.int32, device=indices.device) for n in (indices.numel(), num_slots + 1))
+    with _on(indices) as (device, stream):
+        _preloaded(device).plan(
+            device=device,
+            stream=stream,
+            routing=_routing((*indices.shape, num_slots, 0), indices, None, None, None, None, None),
+            order=order.data_ptr(),
+            starts=starts.data_ptr(),
+        )
+    return order, starts
+
+
 def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
     """expand(y, shrink(x)). Columns of x or y that do not lie side by side cost a copy."""
     _run("bgmv", x, A, y, B, None, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
@@ -100,14 +114,7 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
         elif order is None:
             order, starts = plan(indices, slots)
         sizes, dtype, d_in = (tokens, choices, slots, r_max), _DTYPES[tensor.dtype], 0 if x is None else x.shape[1]
-        routing = (
-            sizes,
-            (*_pointer(indices), indices.dtype == torch.int64),
-            _pointer(scale) if scale is not None else (0, 0),
-            (*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
-            _pointer(gates) if gates is not None else (0, 0, 0),
-            (0, 0) if order is None else (order.data_ptr(), starts.data_ptr()),
-        )
+        routing = _routing(sizes, indices, scale, ranks, gates, order, starts)
         column = 0
         for first in range(0, len(weights), module.MAX_SLICES):
             some = slice(first, first + module.MAX_SLICES)
@@ -137,11 +144,82 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
         columns.copy_(target)
 
 
+def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
+    """Gradients by x, every A, every B, scale and gates (the last two None where the input is None)."""
+    (tokens, choices), (slots, r_max, d_in) = indices.shape, A[0].shape
+    dy, x = _rows(dy), _rows(x)
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device=x.device)
+
+    dx = empty(tokens, d_in, dtype=x.dtype)
+    dA, dB = ([empty(w.shape, dtype=w.dtype) for w in weights] for weights in (A, B))
+    dscale = None if scale is None else empty(slots)
+    dgates = None if gates is None else empty(tokens, choices)
+    if order is None:
+        order, starts = plan(indices, slots)
+    h = empty(len(A), tokens, choices, r_max)
+    _run("backward", x, A, None, (), h, indices, None, ranks, None, order, starts, 0, False)
+    with _on(x) as (device, stream):
+        module = _preloaded(device)
+        parts = [slice(i, i + module.MAX_SLICES) for i in range(0, len(A), module.MAX_SLICES)]
+        planes = _back_planes(max(b.shape[1] for b in B))
+        dh, dots = empty(planes, *h[parts[0]].shape), empty(tokens, choices)
+        dx_sum = empty(tokens, d_in) if len(parts) > 1 else None
+        column = 0
+        for part in parts:
+            module.backward(
+                device=device,
+                stream=stream,
+                dtype=_DTYPES[x.dtype],
+                routing=_routing((tokens, choices, slots, r_max), indices, scale, ranks, gates, order, starts),
+                d_in=d_in,
+                x=(x.data_ptr(), x.stride(0)),
+                A=[_weight(a) for a in A[part]],
+                dy=(dy.data_ptr() + column * dy.element_size(), dy.stride(0)),
+                B=[_weight(b) for b in B[part]],
+                h=h[part].data_ptr(),
+                dh=dh.data_ptr(),
+                num_planes=planes,
+                dots=dots.data_ptr(),
+                dx_sum=_address(dx_sum),
+                dx=dx.data_ptr(),
+                dA=[d.data_ptr() for d in dA[part]],
+                dB=[d.data_ptr() for d in dB[part]],
+                dscale=_address(dscale),
+                dgates=_address(dgates),
+                first_call=part is parts[0],
+                last_call=part is parts[-1],
+            )
+            column += sum(b.shape[1] for b in B[part])
+    return dx, dA, dB, dscale, dgates
+
+
+def _back_planes(columns):
+    """Into how many parts, each of a block, the sum over d_out is cut: by the weights alone, or bits would follow T."""
+    return min(4, max(1, -(-columns // 1024)))
+
+
 @contextmanager
 def _on(tensor):
     """Makes the tensor's device the current one: (its index, the address of its current stream)."""
     with torch.cuda.device(tensor.device):
         yield tensor.get_device(), torch.cuda.current_stream().cuda_stream
+
+
+def _routing(sizes, indices, scale, ranks, gates, order, starts):
+    return (
+        sizes,
+        (*_pointer(indices), indices.dtype == torch.int64),
+        _pointer(scale) if scale is not None else (0, 0),
+        (*_pointer(ranks), ranks.dtype == torch.int64) if ranks is not None else (0, 0, False),
+        _pointer(gates) if gates is not None else (0, 0, 0),
+        (_address(order), _address(starts)),
+    )
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _rows(matrix):

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU, on the emulator in this folder: `python tests/native/cuda/build.py` prints the module.
+"""Builds csrc/cuda for the CPU, on the emulator in this folder. As a script it prints what it has built.
 
 No CUDA toolkit is needed. What is newer than its object is compiled again.
 """
@@ -12,11 +12,10 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-BUILD = ROOT / "build" / "emulator"
+RACES = os.environ.get("LORAKERN_EMULATOR_RACES") == "1"  # a build for ThreadSanitizer, see races.h
+BUILD = ROOT / "build" / ("emulator_races" if RACES else "emulator")
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 FLAGS = [
     "-std=c++17",
@@ -32,8 +31,9 @@ FLAGS = [
     "-Wextra",
     "-Wno-unknown-pragmas",
 ]
+if RACES:
+    FLAGS.append("-DLORAKERN_RACES")
 INCLUDE = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-PYTHON = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
 EMULATOR = [HERE / f"{name}.cpp" for name in ("emulator", "faults", "fiber", "instructions", "runtime")]
 
 
@@ -49,15 +49,18 @@ def outdated(target):
 
 def build(sources, name):
     """A shared library build/emulator/`name` of these sources and the emulator, compiled two at a time."""
+    import pybind11
+
     sources = [*sources, *EMULATOR]
     BUILD.mkdir(parents=True, exist_ok=True)
+    python = [f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}"]
 
     def compile_one(source):
         target = BUILD / f"{source.name}.o"
         if outdated(target):
-            own = ["-O3", "-fno-sanitize=all"] if source in EMULATOR else []
+            own = ["-O3", "-fno-sanitize=all"] if source in EMULATOR else ["-fsanitize=thread"] if RACES else []
             partial, includes = BUILD / f"{source.name}.{os.getpid()}", ["-MMD", "-MF", str(target.with_suffix(".d"))]
-            command = [*CXX, *FLAGS, *own, *INCLUDE, *PYTHON, *includes, "-x", "c++", "-c", str(source)]
+            command = [*CXX, *FLAGS, *own, *INCLUDE, *python, *includes, "-x", "c++", "-c", str(source)]
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.replace(target)
         return target
@@ -92,4 +95,4 @@ def load(path):
 
 
 if __name__ == "__main__":
-    print(build_module())
+    print(build_module(), build_samples(), sep="\n")

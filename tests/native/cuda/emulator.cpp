@@ -18,6 +18,7 @@
 
 #include "faults.h"
 #include "fiber.h"
+#include "races.h"
 
 emulator::Dim threadIdx, blockIdx, blockDim, gridDim;
 
@@ -110,12 +111,14 @@ struct Block {
   Range dynamic;
   std::vector<char> statics;  // while another block of the cluster runs
   bool started;
-  int ready, at_barrier, votes, result, exited;
+  int ready, exited;
+  int at_barrier, votes, result;
+  Thread* first_at_barrier;
 };
 
 struct Machine {
   const Launch* launch = nullptr;
-  bool late = true;
+  bool late = true, clusters = true;  // clusters: does this arch have them?
   Random random{0};
   Range static_shared;
   std::vector<std::unique_ptr<Block>> blocks;  // of one cluster; kept from cluster to cluster
@@ -152,10 +155,26 @@ void wait_as(State state, const char* what, Site site) {
   t.site = site;
   t.block->warps[t.warp].ready &= ~(1u << t.lane);
   --t.block->ready;
+  races::release(&t);
+}
+
+// Every thread releases itself before it waits, and acquires itself after. In between, this orders what the first ones
+// did before what the others will do.
+void happens_before(const std::vector<Thread*>& first, const std::vector<Thread*>& then) {
+  if (!races::kDetected) return;
+  for (Thread* t : first) races::acquire(t);
+  for (Thread* t : then) races::release(t);
+}
+
+void pause(Thread& me) {
+  me.fiber.pause();
+  races::acquire(&me);
 }
 
 void check_same(const Thread& a, const Thread& b, bool same_site) {
-  if (strcmp(a.what, b.what) == 0 && a.mask == b.mask && (!same_site || a.site.line == b.site.line)) return;
+  if ((a.what == b.what || strcmp(a.what, b.what) == 0) && a.mask == b.mask &&
+      (!same_site || a.site.line == b.site.line))
+    return;
   fail(b.site, "%s, while thread %s of the block is at %s (%s)%s", b.what, describe(a.index).c_str(), a.what,
        describe(a.site).c_str(), a.mask == b.mask ? "" : " with another mask");
 }
@@ -164,16 +183,20 @@ void release_cluster() {
   const int all = machine.cluster_blocks * static_cast<int>(machine.blocks[0]->threads.size());
   if (machine.at_cluster == 0 || machine.at_cluster + machine.exited < all) return;
   machine.at_cluster = 0;
+  std::vector<Thread*> met;
   for (int b = 0; b < machine.cluster_blocks; ++b) {
     for (Thread* t : machine.blocks[b]->threads) {
-      if (t->state == State::kAtCluster) make_ready(*t);
+      if (t->state == State::kAtCluster) met.push_back(t);
     }
   }
+  happens_before(met, met);
+  for (Thread* t : met) make_ready(*t);
 }
 
 // ---- Blocks
 
 void start_fiber() {
+  races::acquire(machine.current);
   machine.launch->kernel();
   Thread& t = *machine.current;
   wait_as(State::kExited, "exit", {"", 0});
@@ -222,7 +245,10 @@ void prepare(Block& block, Dim index, uint32_t rank) {
 // Brings a block's static shared memory to where its threads look for it.
 void make_resident(Block& block) {
   if (machine.resident == &block) return;
+  const races::Ignored ours;
   const Range& window = machine.static_shared;
+  // The static shared memory of all blocks has one address, so only races within a block can be told.
+  if (machine.resident) happens_before(machine.resident->threads, block.threads);
   if (machine.resident) machine.resident->statics.assign(window.begin, window.begin + window.size);
   if (block.started) {
     memcpy(window.begin, block.statics.data(), window.size);
@@ -254,10 +280,9 @@ int pick_warp(const Block& block) {
 }
 
 int pick_lane(uint32_t ready) {
-  for (int skip = static_cast<int>(machine.random.below(__builtin_popcount(ready))); skip > 0; --skip) {
-    ready &= ready - 1;
-  }
-  return __builtin_ctz(ready);
+  const int first = static_cast<int>(machine.random.below(kLanes));
+  const uint32_t from_first = ready >> first;
+  return from_first ? first + __builtin_ctz(from_first) : __builtin_ctz(ready);
 }
 
 // Who waits where, when nobody can go on.
@@ -285,7 +310,7 @@ void run_cluster() {
   Block* block = nullptr;
   int warp = 0;
   while (machine.error.empty()) {
-    if (!block || block->ready == 0 || machine.random.below(kPatience * 16) == 0) {
+    if (!block || block->ready == 0 || (!races::kDetected && machine.random.below(kPatience * 16) == 0)) {
       block = pick_block();
       if (!block) break;
       warp = pick_warp(*block);
@@ -324,8 +349,10 @@ void run_grid() {
     for (unsigned rank = 0; rank < static_cast<unsigned>(machine.cluster_blocks); ++rank) {
       const Dim index = {first.x + rank % c.x, first.y + rank / c.x % c.y, first.z + rank / c.x / c.y};
       prepare(*machine.blocks[rank], index, rank);
+      happens_before({}, machine.blocks[rank]->threads);
     }
     run_cluster();
+    for (int b = 0; b < machine.cluster_blocks; ++b) happens_before(machine.blocks[b]->threads, {});
     if (!machine.error.empty()) return;
   }
 }
@@ -360,16 +387,19 @@ void meet_warp(const char* what, Site site, uint32_t mask, bool aligned, void* a
   warp.waiting |= 1u << me.lane;
   if ((mask & warp.waiting) == mask) {
     void* lanes[kLanes] = {};
+    std::vector<Thread*> met;
     for (uint32_t left = mask; left != 0; left &= left - 1) {
       Thread& t = *warp.threads[__builtin_ctz(left)];
       check_same(t, me, aligned);
       lanes[t.lane] = t.arguments;
       make_ready(t);
+      if (races::kDetected) met.push_back(&t);
     }
+    happens_before(met, met);
     if (combine) combine(lanes, mask);
     warp.waiting &= ~mask;
   }
-  me.fiber.pause();
+  pause(me);
 }
 
 int meet_block(const char* what, Site site, bool predicate) {
@@ -377,34 +407,31 @@ int meet_block(const char* what, Site site, bool predicate) {
   Block& block = *me.block;
   wait_as(State::kAtBlock, what, site);
   me.mask = 0;
-  if (block.at_barrier > 0) {
-    for (Thread* t : block.threads) {
-      if (t != &me && t->state == State::kAtBlock) {
-        check_same(*t, me, true);
-        break;
-      }
-    }
-  }
+  if (block.at_barrier == 0) block.first_at_barrier = &me;
+  check_same(*block.first_at_barrier, me, true);
   block.votes += predicate;
   if (++block.at_barrier == static_cast<int>(block.threads.size())) {
     block.result = block.votes;
     block.at_barrier = block.votes = 0;
+    happens_before(block.threads, block.threads);
     for (Thread* t : block.threads) make_ready(*t);
   }
-  me.fiber.pause();
+  pause(me);
   return block.result;
 }
 
 void meet_cluster(Site site) {
-  if (arch() < 90) {
+  if (!machine.clusters) {
     meet_block("cluster_sync", site, false);
     return;
   }
   wait_as(State::kAtCluster, "cluster_sync", site);
   ++machine.at_cluster;
   release_cluster();
-  machine.current->fiber.pause();
+  pause(*machine.current);
 }
+
+size_t static_shared() { return find_static_shared().size; }
 
 uint32_t lane() { return machine.current->lane; }
 uint32_t cluster_rank() { return machine.current->block->rank; }
@@ -432,10 +459,13 @@ void store_shared_of(Site site, uint32_t rank, void* address, const void* value,
     target = dynamic ? other.dynamic.begin + (target - mine.dynamic.begin)
                      : other.statics.data() + (target - machine.static_shared.begin);
   }
+  races::writes(target, bytes);
   memcpy(target, value, bytes);
 }
 
 static void arrive(const Copy& copy) {
+  races::reads(copy.global, copy.bytes);
+  races::writes(copy.shared, 16);
   memcpy(copy.shared, copy.global, copy.bytes);
   memset(copy.shared + copy.bytes, 0, 16 - copy.bytes);
 }
@@ -447,6 +477,7 @@ void copy_async(Site site, void* shared, const void* global, int bytes) {
   Thread& t = *machine.current;
   const Copy copy = {static_cast<char*>(shared), global, bytes, t.groups};
   if (machine.late) {
+    races::writes(shared, 16);
     memset(shared, kPoison, 16);  // from now on nobody knows what is there
     t.copies.push_back(copy);
   } else {
@@ -478,6 +509,7 @@ const char* run(const Launch& launch) {
   const char* copies = getenv("LORAKERN_EMULATOR_COPIES");
   machine.launch = &launch;
   machine.late = !copies || strcmp(copies, "early") != 0;
+  machine.clusters = arch() >= 90;
   machine.random = Random(setting("LORAKERN_EMULATOR_SEED", 0));
   machine.static_shared = find_static_shared();
   machine.error.clear();

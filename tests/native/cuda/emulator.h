@@ -49,6 +49,9 @@ int meet_block(const char* what, Site site, bool predicate);
 // All threads of a cluster that have not exited meet.
 void meet_cluster(Site site);
 
+// Bytes of all __shared__ variables of the module: no fewer than those of a kernel.
+size_t static_shared();
+
 uint32_t lane();
 uint32_t cluster_rank();
 uint32_t cluster_size();

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <new>
 
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #else
@@ -21,6 +23,7 @@ constexpr size_t kPage = 4096;
 Context resumer;
 const void* resumer_stack;
 size_t resumer_stack_size;
+void* resumer_race_state;
 
 }  // namespace
 
@@ -66,8 +69,11 @@ static void switch_context(Context& save, Context& load) { lorakern_emulator_swi
 
 static void make_context(Context& context, const Pages& stack, void (*entry)()) {
   constexpr int kSaved = 6;
-  auto* top = reinterpret_cast<uintptr_t*>(stack.end()) - 3;  // aligned as after a call
-  top[0] = 0;                                                 // the return address of entry: the stack ends here
+  // Stacks that begin at the same place of a page would compete for the same lines of the cache.
+  static unsigned color = 0;
+  char* begin = stack.end() - color++ % (kPage / 64) * 64;
+  auto* top = reinterpret_cast<uintptr_t*>(begin) - 3;  // aligned as after a call
+  top[0] = 0;                                           // the return address of entry: the stack ends here
   top[-1] = reinterpret_cast<uintptr_t>(entry);
   for (int i = 0; i < kSaved; ++i) top[-2 - i] = 0;
   context = top - 1 - kSaved;
@@ -95,6 +101,10 @@ static void enter() {
   entered();
 }
 
+Fiber::Fiber() : stack_(kStack), race_state_(__tsan_create_fiber(0)) {}
+
+Fiber::~Fiber() { __tsan_destroy_fiber(race_state_); }
+
 void Fiber::prepare(void (*entry)()) {
   entered = entry;
   fake_stack_ = nullptr;
@@ -104,12 +114,15 @@ void Fiber::prepare(void (*entry)()) {
 void Fiber::resume() {
   void* fake_stack;
   __sanitizer_start_switch_fiber(&fake_stack, stack_.begin(), stack_.end() - stack_.begin());
+  resumer_race_state = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(race_state_, __tsan_switch_to_fiber_no_sync);
   switch_context(resumer, context_);
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
 void Fiber::pause() {
   __sanitizer_start_switch_fiber(&fake_stack_, resumer_stack, resumer_stack_size);
+  __tsan_switch_to_fiber(resumer_race_state, __tsan_switch_to_fiber_no_sync);
   switch_context(context_, resumer);
   __sanitizer_finish_switch_fiber(fake_stack_, &resumer_stack, &resumer_stack_size);
 }

@@ -31,7 +31,10 @@ using Context = ucontext_t;
 
 class Fiber {
  public:
-  Fiber() : stack_(kStack) {}
+  Fiber();
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+  ~Fiber();
   void prepare(void (*entry)());  // the next resume() calls entry, which never returns
   void resume();                  // goes on with it until it pauses
   void pause();                   // only by the fiber itself: back to where it was resumed
@@ -41,6 +44,7 @@ class Fiber {
   Pages stack_;
   Context context_;
   void* fake_stack_ = nullptr;  // AddressSanitizer's
+  void* race_state_;            // ThreadSanitizer's
 };
 
 }  // namespace emulator

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ptx.cuh"
+#include "races.h"
 
 namespace emulator {
 
@@ -90,6 +91,7 @@ static void combine_loads(void* const (&lanes)[kLanes], uint32_t) {
 void load_matrices(Site site, uint32_t (&out)[4], const void* row, bool transposed) {
   const char* what = transposed ? "load_matrices_transposed" : "load_matrices";
   check_shared(what, site, row, 16);
+  races::reads(row, 16);
   MatrixLoad load = {row, out};
   meet_warp(what, site, 0xffffffff, true, &load, transposed ? combine_loads<true> : combine_loads<false>);
 }

@@ -92,7 +92,8 @@ cudaError_t launch(const void* function, const cudaLaunchConfig_t& config, std::
 cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
-    if (value < 0 || value > device().shared_optin) return report(cudaErrorInvalidValue);
+    const int room = device().shared_optin - static_cast<int>(static_shared());
+    if (value < 0 || value > room) return report(cudaErrorInvalidValue);
     functions[function].max_dynamic_shared = value;
   } else if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
     functions[function].large_clusters = value != 0;
@@ -103,6 +104,7 @@ cudaError_t set_attribute(const void* function, cudaFuncAttribute attribute, int
 cudaError_t get_attributes(cudaFuncAttributes* attributes, const void* function) {
   const std::lock_guard<std::mutex> lock(mutex);
   *attributes = {};
+  attributes->sharedSizeBytes = static_shared();
   attributes->maxThreadsPerBlock = 1024;
   attributes->binaryVersion = attributes->ptxVersion = arch();
   attributes->maxDynamicSharedSizeBytes = functions[function].max_dynamic_shared;
