@@ -2,7 +2,7 @@
 
 The launchers write their launches down for meta tensors, as they would for real ones; each is compiled for every
 architecture, and what ptxas made of it is printed: registers a thread, bytes spilled, bytes of shared memory, time to
-compile. The exit status is 1 if one fails or passes the limits of configs.py.
+compile. The exit status is 1 if one fails, spills, or needs more shared memory than its row of configs.py offers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .common import INTERPRET, options
-from .configs import CONFIGS, PLANES, SPILL_LIMIT, Config
+from .configs import CONFIGS, PLANES, Config
 from .signature import source
 from .warmup import layer_launches
 
@@ -114,9 +114,9 @@ def report(row):
     if "error" in row:
         print(f"{head} FAILED  {row['error']}")
         return True
-    failed = row["spills"] > SPILL_LIMIT or row["shared"] > row["limit"]
+    failed = row["spills"] > 0 or row["shared"] > row["limit"]
     numbers = f"{row['registers']:5} {row['spills']:6} {row['shared']:8} {row['ms']:8.0f}"
-    print(f"{head}{numbers}{'  FAILED: over the limits of configs.py' if failed else ''}", flush=True)
+    print(f"{head}{numbers}{'  FAILED: spills, or over its shared memory' if failed else ''}", flush=True)
     return failed
 
 
@@ -133,7 +133,7 @@ def main(arguments=None):
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             failed = [report(row) for row in pool.map(build, *zip(*tasks(arguments.subset), strict=True))]
-    print(f"{len(failed) - sum(failed)} of {len(failed)} kernels compiled within the limits")
+    print(f"{len(failed) - sum(failed)} of {len(failed)} kernels compiled without spills")
     return 1 if any(failed) else 0
 
 

@@ -15,8 +15,6 @@ BLOCK_M = 16
 SHARED_LIMIT = 99 * 1024
 # the same on sm_90 and sm_100
 LARGE_SHARED = 227 * 1024
-# bytes a thread may spill: the aim is 0; two rows that add up 8 planes of h still spill 8
-SPILL_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class Config:
     """One row: tiles of up to `block_r` ranks, and `block` elements of d_in (shrink), d_out (expand) or pairs (plan).
 
     `mixture` is expand where a token has several choices. `shared` is what a device must offer: rows that differ in it
-    alone compute the same bits.
+    alone compute the same bits. `registers` caps those of a thread: without a cap ptxas spills a few to fit one block more
+    on a multiprocessor. 128 is the cap of 4 blocks of 4 warps, 168 of 3, and 255 is none.
     """
 
     op: str
@@ -33,28 +32,42 @@ class Config:
     block: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
     shared: int = SHARED_LIMIT
 
 
 CONFIGS = tuple(
     Config(op, dtype, *numbers)
     for op, dtypes, rows in (
+        # a stage is 16 tokens and block_r rows of A: as many bytes under way as fit, A at its row's 256 or 512 bytes
         (
             "shrink",
             (torch.float16, torch.bfloat16),
             (
                 (16, 256, 4, 4),
                 (32, 256, 4, 3),
-                (32, 256, 4, 5, LARGE_SHARED),
+                (32, 256, 4, 5, None, LARGE_SHARED),
                 (64, 128, 4, 4),
-                (64, 128, 4, 6, LARGE_SHARED),
+                (64, 128, 4, 6, None, LARGE_SHARED),
             ),
         ),
+        # products by fma, not tensor cores: 64 elements of d_in keep the operands of a step in registers
         ("shrink", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 3))),
-        ("expand", (torch.float16, torch.bfloat16), ((16, 128, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2))),
-        ("expand", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 2))),
-        ("mixture", (torch.float16, torch.bfloat16), ((16, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1))),
-        ("mixture", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 1))),
+        # one step is a whole rank tile, 4 or 8 KiB of B; at 64 ranks, 8 planes of h need the registers of 8 warps
+        (
+            "expand",
+            (torch.float16, torch.bfloat16),
+            ((16, 128, 4, 2), (32, 128, 4, 2), (64, 64, 8, 2, 255)),
+        ),
+        ("expand", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 2))),
+        # half of expand's columns leave registers for the sum over k; slots differ, so there is nothing to stage
+        (
+            "mixture",
+            (torch.float16, torch.bfloat16),
+            ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168), (64, 64, 8, 1, 255)),
+        ),
+        ("mixture", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168))),
+        # counting is all registers: 32 pairs against 128 at a time
         ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )
     for dtype in dtypes
