@@ -38,6 +38,23 @@ def launches(config):
             next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
         )
         return
+    if config.op in BACKWARD:
+        for name, slices, given in (("plain", 1, PLAIN), ("full", 3, FULL)):
+            found = layer_launches(
+                512,
+                D_OUT[:slices],
+                config.block_r,
+                config.dtype,
+                "meta",
+                choices=1,
+                indices=torch.int64,
+                backward=True,
+                **given,
+            )
+            # outer is launched twice, for dA and for dB
+            mine = (launch for launch in found if launch.config == config)
+            yield from zip((name, f"{name}-B"), mine, strict=False)
+        return
     for planes in PLANES:
         for name, choices, slices, given in (("plain", 1, 1, PLAIN), ("full", 1, 3, FULL), ("mixture", 2, 3, FULL)):
             found = layer_launches(
@@ -59,6 +76,7 @@ def launches(config):
                 yield f"{name}-{planes}", expand
 
 
+BACKWARD = ("dh", "dx", "outer", "dots", "dscale")
 PLAIN = {"ranks": None, "scale": False, "gates": False, "accumulate": False}
 FULL = {"ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
 

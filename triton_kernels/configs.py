@@ -22,8 +22,8 @@ class Config:
     """One row: tiles of up to `block_r` ranks, and `block` elements of d_in (shrink), d_out (expand) or pairs (plan).
 
     `mixture` is expand where a token has several choices. `shared` is what a device must offer: rows that differ in it
-    alone compute the same bits. `registers` caps those of a thread: without a cap ptxas spills a few to fit one block more
-    on a multiprocessor. 128 is the cap of 4 blocks of 4 warps, 168 of 3, and 255 is none.
+    alone compute the same bits. `registers` caps those of a thread: without a cap ptxas spills a few to fit one more
+    block on a multiprocessor. 128 is the cap of 4 blocks of 4 warps, 168 that of 3, and 255 all that there are.
     """
 
     op: str
@@ -67,6 +67,15 @@ CONFIGS = tuple(
             ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168), (64, 64, 8, 1, 255)),
         ),
         ("mixture", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168))),
+        # backward: dh reads block rows of B a step, each block_r wide; a rank tile over 32 would make outer a wgmma
+        ("dh", (torch.float16, torch.bfloat16), ((16, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3))),
+        ("dh", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 3))),
+        ("dx", (torch.float16, torch.bfloat16), ((16, 128, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1))),
+        ("dx", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 1))),
+        ("outer", (torch.float16, torch.bfloat16), ((16, 128, 4, 3), (32, 128, 4, 3))),
+        ("outer", (torch.float32,), ((16, 64, 4, 2), (32, 64, 8, 2))),
+        ("dots", (torch.float32,), ((0, 32, 4, 1),)),
+        ("dscale", (torch.float32,), ((0, 1024, 4, 1),)),
         # counting is all registers: 32 pairs against 128 at a time
         ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )

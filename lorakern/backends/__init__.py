@@ -14,7 +14,7 @@ from lorakern.errors import LorakernError
 
 BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
-# What serves each op by default, best first. The reference computes gradients on a GPU until a kernel does.
+# What serves each op by default, best first.
 _ORDER = {
     "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward")},
     "cuda": {
@@ -22,7 +22,7 @@ _ORDER = {
         "shrink": (triton,),
         "expand": (triton,),
         "bgmv": (cuda, triton),
-        "backward": (reference,),
+        "backward": (triton,),
     },
 }
 
