@@ -19,11 +19,13 @@ LARGE_SHARED = 227 * 1024
 
 @dataclass(frozen=True)
 class Config:
-    """One row: tiles of up to `block_r` ranks, and `block` elements of d_in (shrink), d_out (expand) or pairs (plan).
+    """One row: tiles of up to `block_r` ranks, and `block` elements of what the op walks or is divided along: d_in
+    (shrink, dx), d_out (expand, dh), either of them (outer) or pairs (plan, dots, dscale).
 
-    `mixture` is expand where a token has several choices. `shared` is what a device must offer: rows that differ in it
-    alone compute the same bits. `registers` caps those of a thread: without a cap ptxas spills a few to fit one more
-    block on a multiprocessor. 128 is the cap of 4 blocks of 4 warps, 168 that of 3, and 255 all that there are.
+    `mixture` is expand where a token has several choices; dh, dx, outer, dots and dscale are of backward. `shared` is
+    what a device must offer: rows that differ in it alone compute the same bits. `registers` caps those of a thread:
+    without a cap ptxas spills a few to fit one more block on a multiprocessor. 128 is the cap of 4 blocks of 4 warps,
+    168 that of 3, and 255 all that there are.
     """
 
     op: str
@@ -67,13 +69,16 @@ CONFIGS = tuple(
             ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168), (64, 64, 8, 1, 255)),
         ),
         ("mixture", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 1, 168))),
-        # backward: dh reads block rows of B a step, each block_r wide; a rank tile over 32 would make outer a wgmma
-        ("dh", (torch.float16, torch.bfloat16), ((16, 128, 4, 3), (32, 128, 4, 3), (64, 128, 4, 3))),
+        # dh: shrink by the transpose of B, whose rows are as short as the rank: 4 to 16 KiB of them a stage
+        ("dh", (torch.float16, torch.bfloat16), ((16, 128, 4, 3), (32, 128, 4, 3, 128), (64, 128, 4, 3))),
         ("dh", (torch.float32,), ((16, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 3))),
-        ("dx", (torch.float16, torch.bfloat16), ((16, 128, 4, 1), (32, 64, 4, 1), (64, 64, 8, 1))),
-        ("dx", (torch.float32,), ((16, 64, 4, 1), (32, 64, 4, 1))),
-        ("outer", (torch.float16, torch.bfloat16), ((16, 128, 4, 3), (32, 128, 4, 3))),
+        # dx: as mixture, whose loops over choices and slots it has, and slices besides
+        ("dx", (torch.float16, torch.bfloat16), ((16, 128, 4, 1, 128), (32, 64, 4, 1, 128), (64, 64, 8, 1, 255))),
+        ("dx", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 1, 128))),
+        # outer: the rows of its dot are ranks, and 64 of them would make it a wgmma; the sum is 16 or 32 registers
+        ("outer", (torch.float16, torch.bfloat16), ((16, 128, 4, 2), (32, 128, 4, 2))),
         ("outer", (torch.float32,), ((16, 64, 4, 2), (32, 64, 8, 2))),
+        # dots and dscale: bound by the latency of their loads; few registers, many loads under way
         ("dots", (torch.float32,), ((0, 32, 4, 1),)),
         ("dscale", (torch.float32,), ((0, 1024, 4, 1),)),
         # counting is all registers: 32 pairs against 128 at a time

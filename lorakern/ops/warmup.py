@@ -17,6 +17,7 @@ def warmup(
     scale=True,
     gates=False,
     accumulate=True,
+    backward=False,
 ) -> int:
     """Compile and load the kernels that `bgmv` will use for these layers, so that none is compiled while serving.
 
@@ -34,6 +35,7 @@ def warmup(
         ranks: dtype of the ranks, int32 or int64; None where no ranks will be given.
         scale, gates: whether they will be given.
         accumulate: as in `bgmv`.
+        backward: prepare the gradients of `lora_delta` too, for a dy that is contiguous.
 
     Returns:
         The number of Triton kernels prepared. 0 on a CPU, whose kernels are compiled when the package is built, and
@@ -57,7 +59,8 @@ def warmup(
             check.fail("warmup", name, f"be one of {', '.join(map(str, allowed))}", repr(given))
     if not isinstance(max_choices, int) or max_choices < 1:
         check.fail("warmup", "max_choices", "be a positive integer", repr(max_choices))
-    backends = {select(op, device.type) for op in ("plan", "shrink", "expand", "bgmv")}
+    ops = ("plan", "shrink", "expand", "bgmv", *(["backward"] if backward else []))
+    backends = {select(op, device.type) for op in ops}
     return sum(
         backend.warmup(
             layers,
@@ -70,6 +73,7 @@ def warmup(
             scale=bool(scale),
             gates=bool(gates),
             accumulate=bool(accumulate),
+            backward=bool(backward),
         )
         for backend in backends
         if hasattr(backend, "warmup")
