@@ -120,7 +120,7 @@ def tasks(subset=False):
         return everything
     architecture = {torch.float16: 80, torch.bfloat16: 90, torch.float32: 100, torch.int32: 80, torch.int64: 90}
     largest = {(config.op, config.dtype): config for config in CONFIGS}.values()
-    variants = ("any", "full", f"full-{PLANES[-1]}", f"mixture-{PLANES[-1]}")
+    variants = ("any", "full", "full-B", f"full-{PLANES[-1]}", f"mixture-{PLANES[-1]}")
     return [
         row for row in everything if row[0] in largest and row[1] in variants and row[2] == architecture[row[0].dtype]
     ]
@@ -128,7 +128,7 @@ def tasks(subset=False):
 
 def report(row):
     """One line of the table, and whether the row is a failure."""
-    head = f"{row['op']:7}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
+    head = f"{row['op']:8}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
     if "error" in row:
         print(f"{head} FAILED  {row['error']}")
         return True
@@ -145,7 +145,7 @@ def main(arguments=None):
     arguments = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("unset TRITON_INTERPRET: under it there is nothing to compile")
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':40}  regs spills   shared       ms")
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':41}  regs spills   shared       ms")
     # a fresh cache: what is reported was compiled now
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
