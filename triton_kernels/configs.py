@@ -75,8 +75,9 @@ CONFIGS = tuple(
         # dx: as mixture, whose loops over choices and slots it has, and slices besides
         ("dx", (torch.float16, torch.bfloat16), ((16, 128, 4, 1, 128), (32, 64, 4, 1, 128), (64, 64, 8, 1, 255))),
         ("dx", (torch.float32,), ((16, 64, 4, 1, 128), (32, 64, 4, 1, 128))),
-        # outer: the rows of its dot are ranks, and 64 of them would make it a wgmma; the sum is 16 or 32 registers
-        ("outer", (torch.float16, torch.bfloat16), ((16, 128, 4, 2), (32, 128, 4, 2))),
+        # outer: the rows of its dot are ranks, and 64 of them would make it a wgmma; narrow tiles, since a batch of one
+        # slot has no other programs than those
+        ("outer", (torch.float16, torch.bfloat16), ((16, 64, 4, 2), (32, 64, 4, 2))),
         ("outer", (torch.float32,), ((16, 64, 4, 2), (32, 64, 8, 2))),
         # dots and dscale: bound by the latency of their loads; few registers, many loads under way
         ("dots", (torch.float32,), ((0, 32, 4, 1),)),
