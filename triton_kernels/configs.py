@@ -25,7 +25,7 @@ class Config:
     `mixture` is expand where a token has several choices; dh, dx, outer, dots and dscale are of backward. `shared` is
     what a device must offer: rows that differ in it alone compute the same bits. `registers` caps those of a thread:
     without a cap ptxas spills a few to fit one more block on a multiprocessor. 128 is the cap of 4 blocks of 4 warps,
-    168 that of 3, and 255 all that there are; each is the lowest that the ptxas of triton 3.6 and 3.9 fill without one.
+    168 that of 3, and 255 all that there are; with triton 3.9 no row spills at its cap.
     """
 
     op: str
