@@ -29,7 +29,7 @@ def module(arch):
     copy.parent.mkdir(exist_ok=True)
     shutil.copy2(built, copy)
     try:
-        return build.load(copy)
+        return build.load(copy, f"sm_{arch}")
     finally:
         copy.unlink()
 

@@ -56,6 +56,15 @@ def test_everything_that_runs_on_a_gpu(arch):
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:]
 
 
+def test_each_arch_has_a_module_of_its_own(monkeypatch):
+    planes = []
+    for arch in (80, 90):
+        emulated_cuda.install(monkeypatch, arch)
+        sizes = {"sizes": (1, 1, 1, 16), "d_in": 4096, "num_slices": 1}
+        planes.append(emulated_cuda.module(arch).planes(device=0, dtype=0, **sizes))
+    assert planes == [16, 0]  # without clusters, blocks that share d_in meet in global memory
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), test_cuda.DTYPES)

@@ -248,22 +248,32 @@ def test_concurrent_streams_do_not_share_scratch(place):
         assert all(same_bits(y, w) for y, w in zip(ys, want, strict=True))
 
 
-@by_default
+def gradients(p, dy):
+    """Of lora_delta by x, A, B, scale and gates."""
+    leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.A, *p.B, p.scale, p.gates)]
+    n = len(p.A)
+    A, B, (scale, gates) = leaves[1 : n + 1], leaves[n + 1 : 2 * n + 1], leaves[-2:]
+    delta = lk.lora_delta(leaves[0], A, B, p.indices, scale=scale, ranks=p.ranks, gates=gates)
+    return torch.autograd.grad(delta, leaves, dy)
+
+
+@everywhere
 @pytest.mark.parametrize(
-    "shape", [(7, 1, 3, 40, (24,), 8), (70, 3, 4, 129, (65, 30), 17), (300, 2, 5, 64, (48, 16), 32)]
+    "shape",
+    [
+        (7, 1, 3, 40, (24,), 8),
+        (70, 3, 4, 129, (65, 30), 17),
+        (300, 2, 5, 64, (48, 16), 32),
+        (63, 1, 9, 1000, (100, 37, 64), 24),
+        (33, 3, 4, 129, (65, 1), 256),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_matches_reference(place, dtype, shape):
+    needs("backward")
     p = build(dtype, shape)
     dy = torch.randn(shape[0], sum(shape[4])).to(dtype)
-
-    def gradients(p, dy):
-        leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.A, *p.B, p.scale, p.gates)]
-        n = len(p.A)
-        A, B, (scale, gates) = leaves[1 : n + 1], leaves[n + 1 : 2 * n + 1], leaves[-2:]
-        delta = lk.lora_delta(leaves[0], A, B, p.indices, scale=scale, ranks=p.ranks, gates=gates)
-        return torch.autograd.grad(delta, leaves, dy)
-
     got = gradients(p.to(place), dy.to(place))
     with lk.use_backend("reference"):
         exact = gradients(p.double(), dy.double())

@@ -228,9 +228,8 @@ def test_nan_stays_nan():
     assert y[2].isnan().all() and not y[[0, 1, 3, 4]].any()
 
 
-@pytest.mark.parametrize("choices", [1, 2])
-def test_offsets_beyond_int32(choices, monkeypatch):
-    """Slots of A and B and rows of x and y more than 2**31 elements away, by strides that fit in 32 bits."""
+def far_memory(monkeypatch):
+    """A function that copies a tensor of 4 rows or slots to a place where they are 2**30 elements apart."""
     apart = 2**30 + 64
     if INTERPRETED:
         # address space without memory behind it, which the interpreter must not copy
@@ -240,13 +239,19 @@ def test_offsets_beyond_int32(choices, monkeypatch):
         monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
     else:
         memory = torch.empty(3 * apart + 2**15, dtype=torch.float16, device=DEVICE)
-    case = make_case(4, 32, (16,), 4, 8, torch.float16, choices=choices, options="")
-    case["indices"] = torch.tensor([[3, 1], [0, 3], [2, 2], [3, 0]], device=DEVICE)[:, :choices]
 
     def far(tensor, start):
-        view = memory.as_strided(tensor.shape, (apart, *tensor.stride()[1:]), start)
-        return view.copy_(tensor)
+        return memory.as_strided(tensor.shape, (apart, *tensor.stride()[1:]), start).copy_(tensor)
 
+    return far
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_offsets_beyond_int32(choices, monkeypatch):
+    """Slots of A and B and rows of x and y more than 2**31 elements away, by strides that fit in 32 bits."""
+    far = far_memory(monkeypatch)
+    case = make_case(4, 32, (16,), 4, 8, torch.float16, choices=choices, options="")
+    case["indices"] = torch.tensor([[3, 1], [0, 3], [2, 2], [3, 0]], device=DEVICE)[:, :choices]
     y = torch.randn(4, 16, device=DEVICE).half()
     far_case = case | {"x": far(case["x"], 0), "A": [far(case["A"][0], 1024)], "B": [far(case["B"][0], 2048)]}
     out = far(y, 4096)
@@ -284,7 +289,7 @@ def record(monkeypatch):
         launched.append(launch)
         common.run(launch, device)
 
-    for name in ("bgmv", "shrink", "expand", "plan"):
+    for name in ("backward", "bgmv", "shrink", "expand", "plan"):
         monkeypatch.setattr(sys.modules[f"lorakern.triton_kernels.{name}"], "run", run_and_record)
     return launched
 
@@ -333,8 +338,10 @@ def test_plan_of_more_pairs_than_are_counted(monkeypatch):
 
 def test_warmup_runs_every_launch():
     options = {"indices": torch.int64, "ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
-    count = backend.warmup([(24, (16, 5), 40)], torch.float16, torch.device(DEVICE), choices=(1, 2), **options)
+    layers, device = [(24, (16, 5), 40)], torch.device(DEVICE)
+    count = backend.warmup(layers, torch.float16, device, choices=(1, 2), **options)
     assert count >= 3
+    assert backend.warmup(layers, torch.float16, device, choices=(1, 2), backward=True, **options) >= count + 5
 
 
 def test_float64_is_refused():

@@ -22,8 +22,9 @@ def python(*arguments, **variables):
 
 @needs_triton
 def test_kernels_in_the_interpreter():
+    files = ("tests/test_triton.py", "tests/test_triton_backward.py")
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
-    status, output = python("-m", "pytest", *options, "tests/test_triton.py", TRITON_INTERPRET="1")
+    status, output = python("-m", "pytest", *options, *files, TRITON_INTERPRET="1")
     assert status == 0 and " passed" in output, output[-4000:]
 
 
@@ -42,11 +43,14 @@ def test_no_wgmma_with_register_operands():
         "from triton.backends.compiler import GPUTarget\n"
         "from lorakern.triton_kernels import aot\n"
         "from lorakern.triton_kernels.configs import select\n"
-        "for op, variant in (('shrink', 'full'), ('expand', 'full-8'), ('mixture', 'mixture-8')):\n"
+        "variants = [('shrink', 'full'), ('expand', 'full-8'), ('mixture', 'mixture-8')]\n"
+        "variants += [('dh', 'full'), ('dx', 'full'), ('outer', 'full'), ('outer', 'full-B')]\n"
+        "for op, variant in variants:\n"
         "    config = select(op, torch.bfloat16, 64)\n"
         "    source = aot.source(dict(aot.launches(config))[variant])\n"
-        "    ptx = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=aot.options(config)).asm['ptx']\n"
-        "    assert 'mma.sync' in ptx and 'wgmma' not in ptx, op\n"
+        "    asm = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=aot.options(config)).asm\n"
+        "    assert 'mma.sync' in asm['ptx'] and 'wgmma' not in asm['ptx'], op\n"
+        "    assert 'warp_group_dot' not in asm['ttgir'], op\n"
     )
     status, output = python("-c", code)
     assert status == 0, output[-4000:]

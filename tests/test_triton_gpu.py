@@ -97,6 +97,64 @@ def test_concurrent_streams_do_not_share_scratch():
         assert all(map(torch.equal, results, alone))
 
 
+def backward(p, dy, plan=(None, None)):
+    """Every gradient, in one list."""
+    arguments = (p.x, p.A, p.B, p.indices, p.scale, p.ranks, p.gates, *plan)
+    dx, dA, dB, *rest = torch.ops.lorakern.lora_delta_backward(dy, *arguments)
+    return [dx, *dA, *dB, *rest]
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_backward_in_a_graph_and_without_waiting(choices):
+    p = gpu_problem(dtype=torch.bfloat16, tokens=300, choices=choices, d_in=512, d_outs=(256, 64), r_max=40, slots=9)
+    dy = torch.randn(300, 320, device="cuda").bfloat16()
+    backward(p, dy)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        backward(p, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = backward(p, dy, lk.plan(p.indices, 9))
+    for seed in range(3):
+        random = torch.Generator().manual_seed(seed)
+        p.indices.copy_(torch.randint(-1, 10, p.indices.shape, generator=random))
+        dy.copy_(torch.randn(dy.shape, generator=random))
+        graph.replay()
+        assert all(map(torch.equal, static, backward(p, dy)))
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_token_alone_and_in_any_batch_and_again(dtype, choices):
+    p = gpu_problem(dtype=dtype, tokens=137, choices=choices, d_in=520, d_outs=(130, 64), r_max=24)
+    dy = torch.randn(137, 194, device="cuda").to(dtype)
+    whole = backward(p, dy)
+    assert all(map(torch.equal, backward(p, dy), whole))
+    for start, stop in ((0, 1), (17, 18), (136, 137), (30, 49), (0, 64), (5, 137)):
+        some = backward(p.rows(start, stop), dy[start:stop])
+        assert torch.equal(some[0], whole[0][start:stop]) and torch.equal(some[-1], whole[-1][start:stop])
+
+
+def test_gradients_of_more_rows_than_int32_can_hold():
+    """90,000 rows of 24,576 elements in dy and in dx; one row far behind gets what it gets alone."""
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of device memory")
+    tokens, wide = 90_000, 24_576
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    x = torch.randn(tokens, wide, device="cuda", dtype=torch.float16)
+    dy = torch.randn(tokens, wide, device="cuda", dtype=torch.float16)
+    A, B = torch.randn(3, 8, wide, device="cuda").half(), torch.randn(3, wide, 8, device="cuda").half()
+    indices = (torch.arange(tokens, device="cuda") % 4 - 1)[:, None]
+    options = ([A], [B], indices, None, None, None, None, None)
+    dx = torch.ops.lorakern.lora_delta_backward(dy, x, *options)[0]
+    for rows in (slice(0, 64), slice(87_380, 87_444), slice(tokens - 64, tokens)):
+        some = torch.ops.lorakern.lora_delta_backward(dy[rows], x[rows], [A], [B], indices[rows], *options[3:])[0]
+        assert torch.equal(some, dx[rows]) and some.abs().sum() > 0
+
+
 @pytest.mark.parametrize("wide", ["x", "y"])
 def test_offsets_of_more_tokens_than_int32_can_hold(wide):
     """90,000 rows of 24,576 elements: the offset of the last rows is over 2**31."""
@@ -152,11 +210,12 @@ def test_opcheck(choices):
 def test_nothing_is_compiled_after_warmup(monkeypatch):
     import triton
 
-    assert lk.warmup([(2048, (256, 64), 24)], dtype=torch.bfloat16, max_choices=3, gates=True) > 0
+    assert lk.warmup([(2048, (256, 64), 24)], dtype=torch.bfloat16, max_choices=3, gates=True, backward=True) > 0
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **of: compiled.append(of["repr"]))
     for tokens in (1, 2, 17, 64, 700):
         for choices in (1, 2, 3):
             p = gpu_problem(dtype=torch.bfloat16, tokens=tokens, choices=choices, d_in=2048, d_outs=(256, 64), r_max=24)
             lk.bgmv(torch.zeros(tokens, 320, device="cuda").bfloat16(), p.x, p.A, p.B, p.indices, **p.options)
+            backward(p, torch.ones(tokens, 320, device="cuda").bfloat16())
     assert compiled == []

@@ -12,11 +12,19 @@ from lorakern.errors import LorakernError
 needs_kernels = pytest.mark.skipif(
     find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1", reason="needs triton, not interpreted"
 )
-OPTIONS = {"indices": torch.int64, "ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
+OPTIONS = {
+    "indices": torch.int64,
+    "ranks": torch.int32,
+    "scale": True,
+    "gates": True,
+    "accumulate": True,
+    "backward": True,
+}
 
 
 def serving_keys(d_in, d_outs, r_max, dtype, tokens, choices, slots, columns):
-    """Keys of the kernels that a batch would use, its x and y being columns of wider tensors."""
+    """Keys of the kernels that a batch and its gradients would use, its x, y and dy being columns of wider tensors."""
+    from lorakern.triton_kernels.backward import backward_launches
     from lorakern.triton_kernels.bgmv import bgmv_launches
     from lorakern.triton_kernels.plan import plan_launch
     from lorakern.triton_kernels.signature import key
@@ -26,7 +34,7 @@ def serving_keys(d_in, d_outs, r_max, dtype, tokens, choices, slots, columns):
 
     indices = empty(tokens, 2 * choices, dtype=torch.int64)[:, ::2]
     order, starts = empty(tokens * choices, dtype=torch.int32), empty(slots + 1, dtype=torch.int32)
-    launches = bgmv_launches(
+    arguments = (
         empty(tokens, sum(d_outs) + columns, dtype=dtype)[:, : sum(d_outs)],
         empty(tokens, d_in + columns, dtype=dtype)[:, :d_in],
         [empty(slots, r_max, d_in, dtype=dtype) for _ in d_outs],
@@ -37,8 +45,8 @@ def serving_keys(d_in, d_outs, r_max, dtype, tokens, choices, slots, columns):
         empty(tokens, choices + 1)[:, :choices],
         order,
         starts,
-        True,
     )
+    launches = *bgmv_launches(*arguments, True), *backward_launches(*arguments)[0]
     return {key(launch) for launch in (plan_launch(order, starts, indices), *launches)}
 
 

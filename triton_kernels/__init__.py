@@ -10,6 +10,7 @@ if __name__ == "triton_kernels":
         "Import lorakern, or remove lorakern's checkout from sys.path"
     )
 
+from .backward import backward
 from .bgmv import bgmv
 from .common import INTERPRET
 from .configs import SHARED_LIMIT
@@ -18,4 +19,4 @@ from .plan import countable, plan
 from .shrink import shrink
 from .warmup import warmup
 
-__all__ = ["INTERPRET", "SHARED_LIMIT", "bgmv", "countable", "expand", "plan", "shrink", "warmup"]
+__all__ = ["INTERPRET", "SHARED_LIMIT", "backward", "bgmv", "countable", "expand", "plan", "shrink", "warmup"]

@@ -2,7 +2,7 @@
 
 The launchers write their launches down for meta tensors, as they would for real ones; each is compiled for every
 architecture, and what ptxas made of it is printed: registers a thread, bytes spilled, bytes of shared memory, time to
-compile. The exit status is 1 if one fails or passes the limits of configs.py.
+compile. The exit status is 1 if one fails, spills, or needs more shared memory than its row of configs.py offers.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .common import INTERPRET, options
-from .configs import CONFIGS, PLANES, SPILL_LIMIT, Config
+from .configs import CONFIGS, PLANES, Config
 from .signature import source
 from .warmup import layer_launches
 
@@ -37,6 +37,23 @@ def launches(config):
             "any",
             next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
         )
+        return
+    if config.op in BACKWARD:
+        for name, slices, given in (("plain", 1, PLAIN), ("full", 3, FULL)):
+            found = layer_launches(
+                512,
+                D_OUT[:slices],
+                config.block_r,
+                config.dtype,
+                "meta",
+                choices=1,
+                indices=torch.int64,
+                backward=True,
+                **given,
+            )
+            # outer is launched twice, for dA and for dB
+            mine = (launch for launch in found if launch.config == config)
+            yield from zip((name, f"{name}-B"), mine, strict=False)
         return
     for planes in PLANES:
         for name, choices, slices, given in (("plain", 1, 1, PLAIN), ("full", 1, 3, FULL), ("mixture", 2, 3, FULL)):
@@ -59,6 +76,7 @@ def launches(config):
                 yield f"{name}-{planes}", expand
 
 
+BACKWARD = ("dh", "dx", "outer", "dots", "dscale")
 PLAIN = {"ranks": None, "scale": False, "gates": False, "accumulate": False}
 FULL = {"ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
 
@@ -102,7 +120,7 @@ def tasks(subset=False):
         return everything
     architecture = {torch.float16: 80, torch.bfloat16: 90, torch.float32: 100, torch.int32: 80, torch.int64: 90}
     largest = {(config.op, config.dtype): config for config in CONFIGS}.values()
-    variants = ("any", "full", f"full-{PLANES[-1]}", f"mixture-{PLANES[-1]}")
+    variants = ("any", "full", "full-B", f"full-{PLANES[-1]}", f"mixture-{PLANES[-1]}")
     return [
         row for row in everything if row[0] in largest and row[1] in variants and row[2] == architecture[row[0].dtype]
     ]
@@ -110,13 +128,13 @@ def tasks(subset=False):
 
 def report(row):
     """One line of the table, and whether the row is a failure."""
-    head = f"{row['op']:7}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
+    head = f"{row['op']:8}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
     if "error" in row:
         print(f"{head} FAILED  {row['error']}")
         return True
-    failed = row["spills"] > SPILL_LIMIT or row["shared"] > row["limit"]
+    failed = row["spills"] > 0 or row["shared"] > row["limit"]
     numbers = f"{row['registers']:5} {row['spills']:6} {row['shared']:8} {row['ms']:8.0f}"
-    print(f"{head}{numbers}{'  FAILED: over the limits of configs.py' if failed else ''}", flush=True)
+    print(f"{head}{numbers}{'  FAILED: spills, or over its shared memory' if failed else ''}", flush=True)
     return failed
 
 
@@ -127,13 +145,13 @@ def main(arguments=None):
     arguments = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("unset TRITON_INTERPRET: under it there is nothing to compile")
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':40}  regs spills   shared       ms")
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':41}  regs spills   shared       ms")
     # a fresh cache: what is reported was compiled now
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             failed = [report(row) for row in pool.map(build, *zip(*tasks(arguments.subset), strict=True))]
-    print(f"{len(failed) - sum(failed)} of {len(failed)} kernels compiled within the limits")
+    print(f"{len(failed) - sum(failed)} of {len(failed)} kernels compiled without spills")
     return 1 if any(failed) else 0
 
 

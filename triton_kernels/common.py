@@ -87,7 +87,12 @@ INTERPRET = not isinstance(pick, triton.JITFunction)
 
 def options(config):
     """The compiler options of a configuration; fp fusion is pinned, since its default changes in triton 3.10."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "maxnreg": config.registers,
+        "enable_fp_fusion": True,
+    }
 
 
 def run(launch, device):

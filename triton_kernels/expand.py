@@ -62,6 +62,7 @@ def expand_ranks(
     m_n,
     rank,
     r_max,
+    stride_br,
     plane,
     PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -75,7 +76,7 @@ def expand_ranks(
     m_load = o_r < tl.minimum(tl.cdiv(rank, 8) * 8, r_max)
     # [BLOCK_M, RANKS], [RANKS, BLOCK_N]
     p_h = p_h[:, None] + o_r[None, :]
-    b_b = tl.load(p_b[None, :] + o_r[:, None], mask=m_load[:, None] & m_n[None, :], other=0.0)
+    b_b = tl.load(p_b[None, :] + o_r[:, None] * stride_br, mask=m_load[:, None] & m_n[None, :], other=0.0)
     b_h = tl.zeros([BLOCK_M, RANKS], dtype=tl.float32)
     for _ in tl.static_range(PLANES):
         b_h += tl.load(p_h, mask=m_t[:, None] & m_load[None, :], other=0.0)
@@ -96,6 +97,7 @@ def expand_tile(
     m_n,
     rank,
     r_max,
+    stride_br,
     plane,
     PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,17 +112,31 @@ def expand_tile(
     width = tl.maximum(rank, r_max)
     for _ in range(0, rank - BLOCK_R // 2, BLOCK_R):
         b_sum = expand_ranks(
-            b_sum, p_h, m_t, p_b, m_n, tl.minimum(rank, BLOCK_R), width, plane, PLANES, BLOCK_M, BLOCK_R, PRECISION
+            b_sum,
+            p_h,
+            m_t,
+            p_b,
+            m_n,
+            tl.minimum(rank, BLOCK_R),
+            width,
+            stride_br,
+            plane,
+            PLANES,
+            BLOCK_M,
+            BLOCK_R,
+            PRECISION,
         )
         p_h += BLOCK_R
-        p_b += BLOCK_R
+        p_b += BLOCK_R * stride_br
         rank -= BLOCK_R
         width -= BLOCK_R
     if BLOCK_R >= 64:  # noqa: SIM102, the one is known to the compiler, the other to the device
         if rank > 16:
-            b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 32, PRECISION)
+            b_sum = expand_ranks(
+                b_sum, p_h, m_t, p_b, m_n, rank, width, stride_br, plane, PLANES, BLOCK_M, 32, PRECISION
+            )
     if (rank > 0) & (rank <= 16):
-        b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, plane, PLANES, BLOCK_M, 16, PRECISION)
+        b_sum = expand_ranks(b_sum, p_h, m_t, p_b, m_n, rank, width, stride_br, plane, PLANES, BLOCK_M, 16, PRECISION)
     return b_sum
 
 
@@ -213,7 +229,7 @@ def expand_kernel(
                 rank = tl.max(tl.where(m_k, b_rank, 0), axis=0)
                 p_s = p_b + slot.to(tl.int64) * stride_bs
                 b_term = expand_tile(
-                    p_h, m_k, p_s, m_n, rank, r_max, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
+                    p_h, m_k, p_s, m_n, rank, r_max, 1, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION
                 )
                 b_factor = b_gate * load_scale(p_scale, slot, num_slots)
                 b_y = tl.where(m_k[:, None], b_y + b_factor[:, None] * b_term, b_y)
@@ -223,7 +239,7 @@ def expand_kernel(
         m_t = m_used
     else:
         p_s = p_b + slot.to(tl.int64) * stride_bs
-        b_term = expand_tile(p_h, m_t, p_s, m_n, rank, r_max, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
+        b_term = expand_tile(p_h, m_t, p_s, m_n, rank, r_max, 1, plane, PLANES, BLOCK_M, BLOCK_N, BLOCK_R, PRECISION)
         b_factor = load_gates(p_gates, b_t * stride_gt, m_t, BLOCK_M) * load_scale(p_scale, slot, num_slots)
         b_y += b_factor[:, None] * b_term
     tl.store(p_y, b_y.to(p_y.dtype.element_ty), mask=m_t[:, None] & m_n[None, :])

@@ -26,25 +26,30 @@ def shrink_tile(
     end,
     chunk,
     rank,
+    loads,
     stride_xd,
     stride_ar,
+    stride_ad,
     BLOCK_M: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Rows at p_x (BLOCK_M, 1) times the first rank <= RANKS rows at p_a, begin:end of d_in, stored at p_h."""
+    """Rows at p_x (BLOCK_M, 1) times the first rank <= RANKS rows at p_a, begin:end of d_in, stored at p_h.
+
+    `loads` >= rank rows of A are loaded; what those beyond the rank hold does not matter.
+    """
     o_r, o_k = tl.arange(0, RANKS), tl.arange(0, BLOCK_K)
-    m_r = o_r < rank
+    m_r, m_load = o_r < rank, o_r < loads
     # [BLOCK_M, BLOCK_K], [BLOCK_K, RANKS]
     p_x = p_x + (begin + o_k)[None, :].to(tl.int64) * stride_xd
-    p_a = p_a + o_r[None, :].to(tl.int64) * stride_ar + (begin + o_k)[:, None]
+    p_a = p_a + o_r[None, :].to(tl.int64) * stride_ar + (begin + o_k)[:, None] * stride_ad
     b_h = tl.zeros([BLOCK_M, RANKS], dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_M, RANKS], dtype=tl.float32)
     for o in range(begin, end, BLOCK_K):
         m_k = o_k < end - o
         b_x = tl.load(p_x, mask=m_p[:, None] & m_k[None, :], other=0.0)
-        b_a = tl.load(p_a, mask=m_k[:, None] & m_r[None, :], other=0.0)
+        b_a = tl.load(p_a, mask=m_k[:, None] & m_load[None, :], other=0.0)
         if UPCAST:
             b_x, b_a = b_x.to(tl.float32), b_a.to(tl.float32)
         # fma and not +, which Triton folds into the dot: one sum over all of a chunk loses a digit in float32
@@ -54,8 +59,89 @@ def shrink_tile(
         b_h = tl.where(is_last, b_h + b_sum, b_h)
         b_sum = tl.where(is_last, 0.0, b_sum)
         p_x += BLOCK_K * tl.cast(stride_xd, tl.int64)
-        p_a += BLOCK_K
+        p_a += BLOCK_K * stride_ad
     tl.store(p_h + o_r[None, :], b_h + b_sum, mask=m_p[:, None] & m_r[None, :])
+
+
+@triton.jit
+def shrink_ranks(
+    p_h,
+    p_x,
+    p_a,
+    m_p,
+    begin,
+    end,
+    chunk,
+    rank,
+    loads,
+    stride_xd,
+    stride_ar,
+    stride_ad,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """shrink_tile of the smallest tile <= BLOCK_R that holds the rank; without ranks there is nothing to do."""
+    if (rank > 0) & (rank <= 16):
+        shrink_tile(
+            p_h,
+            p_x,
+            p_a,
+            m_p,
+            begin,
+            end,
+            chunk,
+            rank,
+            loads,
+            stride_xd,
+            stride_ar,
+            stride_ad,
+            BLOCK_M,
+            16,
+            BLOCK_K,
+            UPCAST,
+        )
+    if BLOCK_R >= 32:  # noqa: SIM102, the one is known to the compiler, the other to the device
+        if (rank > 16) & (rank <= 32):
+            shrink_tile(
+                p_h,
+                p_x,
+                p_a,
+                m_p,
+                begin,
+                end,
+                chunk,
+                rank,
+                loads,
+                stride_xd,
+                stride_ar,
+                stride_ad,
+                BLOCK_M,
+                32,
+                BLOCK_K,
+                UPCAST,
+            )
+    if BLOCK_R >= 64:  # noqa: SIM102
+        if rank > 32:
+            shrink_tile(
+                p_h,
+                p_x,
+                p_a,
+                m_p,
+                begin,
+                end,
+                chunk,
+                rank,
+                loads,
+                stride_xd,
+                stride_ar,
+                stride_ad,
+                BLOCK_M,
+                64,
+                BLOCK_K,
+                UPCAST,
+            )
 
 
 @triton.jit(
@@ -104,16 +190,11 @@ def shrink_kernel(
     p_x = p_x + (b_pair.to(tl.int32) // choices).to(tl.int64)[:, None] * stride_xt
     p_h = p_h + (((i_plane * SLICES + i_s).to(tl.int64) * num_pairs + b_pair) * r_max)[:, None] + i_r
 
-    # the smallest tile that holds what is left of the slot's rank; beyond it there is nothing to do
+    # beyond the slot's rank there is nothing to do
     rest = rank - i_r
-    if (rest > 0) & (rest <= 16):
-        shrink_tile(p_h, p_x, p_a, m_p, begin, end, chunk, rest, stride_xd, stride_ar, BLOCK_M, 16, BLOCK_K, UPCAST)
-    if BLOCK_R >= 32:  # noqa: SIM102, the one is known to the compiler, the other to the device
-        if (rest > 16) & (rest <= 32):
-            shrink_tile(p_h, p_x, p_a, m_p, begin, end, chunk, rest, stride_xd, stride_ar, BLOCK_M, 32, BLOCK_K, UPCAST)
-    if BLOCK_R >= 64:  # noqa: SIM102
-        if rest > 32:
-            shrink_tile(p_h, p_x, p_a, m_p, begin, end, chunk, rest, stride_xd, stride_ar, BLOCK_M, 64, BLOCK_K, UPCAST)
+    shrink_ranks(
+        p_h, p_x, p_a, m_p, begin, end, chunk, rest, rest, stride_xd, stride_ar, 1, BLOCK_M, BLOCK_R, BLOCK_K, UPCAST
+    )
     if fill > 0:
         o_r = tl.arange(0, BLOCK_R)
         m_r = (o_r >= rest) & (o_r < r_max - i_r)

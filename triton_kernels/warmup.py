@@ -6,6 +6,7 @@ batches; what the batch does choose is whether h has planes.
 
 import torch
 
+from .backward import backward_launches
 from .bgmv import bgmv_launches
 from .common import INTERPRET, run
 from .configs import SHARED_LIMIT, chunks
@@ -14,9 +15,22 @@ from .signature import key
 
 
 def layer_launches(
-    d_in, d_outs, r_max, dtype, device, *, choices, indices, ranks, scale, gates, accumulate, shared=SHARED_LIMIT
+    d_in,
+    d_outs,
+    r_max,
+    dtype,
+    device,
+    *,
+    choices,
+    indices,
+    ranks,
+    scale,
+    gates,
+    accumulate,
+    backward=False,
+    shared=SHARED_LIMIT,
 ):
-    """Every launch of bgmv for one layer: with a plan of its own, with planes and without.
+    """Every launch of bgmv for one layer: with a plan of its own, with planes and without; of its gradients if asked.
 
     `indices` and `ranks` are dtypes, ranks or None; `scale`, `gates` and `accumulate` say whether there are any.
     """
@@ -37,6 +51,8 @@ def layer_launches(
     activations = empty(1, sum(d_outs), dtype=dtype), empty(1, d_in, dtype=dtype)
     for planes in sorted({1, chunks(d_in)[0]}):
         yield from bgmv_launches(*activations, *weights, *options, order, starts, accumulate, shared, planes)
+    if backward:
+        yield from backward_launches(*activations, *weights, *options, order, starts, shared)[0]
 
 
 def warmup(layers, dtype, device, choices=(1,), **options):

@@ -1,12 +1,12 @@
 // shrink, expand, or both in one launch, for pairs grouped by slot; up to N pairs and one slice to a group.
 //
-//   shrink  h = A x   d_in is cut into kParts parts, which follow from d_in alone. The blocks of a group (
-//                     power of two up to kParts) take as many parts each; a part is one chain of multiply-adds in a
-//                     warp, and the parts are added as ((p0 + p1) + p2) + p3 and likewise four of those. So the bits
-//                     of a token's h depend on nothing but its own x and A.
+//   shrink  h = A x   d_in is cut into kParts parts, which follow from d_in alone; each of a group's blocks, a power of
+//                     two up to kParts, takes as many. A part is one chain of multiply-adds in one warp, and the parts
+//                     are added as ((p0 + p1) + p2) + p3 and likewise four of those. So the bits of a token's h depend
+//                     on nothing but its own x and A.
 //   reduce            with several blocks to a group, those are a cluster: they send their sums to the block that owns
 //                     a share of h, and that one sends the finished share to all, through shared memory.
-//   expand  y += B h  every block takes every blocks-th tile of columns.
+//   expand  y += B h  the blocks take the tiles of columns in turns.
 //
 // One pipeline of kStages tiles runs through both halves: the first tiles of B are on their way while h is finished.
 // Where there are no clusters and too few groups, shrink leaves its parts in planes of h, and a second launch adds them
@@ -202,14 +202,15 @@ struct LoraBlock {
     // where part j of this round begins in this stage, and how many columns are left of it
     const int64_t apart = part,
                   first = int64_t{block * own_parts + stage.round * S::kGroups} * part + stage.piece * kDepth;
-    const int length = part - stage.piece * kDepth, parts = own_parts - stage.round * S::kGroups, tokens = group.count;
+    const int length = part - stage.piece * kDepth, parts = min(own_parts - stage.round * S::kGroups, S::kGroups);
     const int64_t left = d_in - first, stride_x = x_stride;
-    auto count = [=](int j) { return j >= parts ? 0 : static_cast<int>(min(int64_t{length}, left - j * apart)); };
-    load_matrix<T, kDepth, S::kGroups, R, kThreads>(to, a_aligned, a + stage.rank * a_stride + first, apart, a_stride,
-                                                    group.rank - stage.rank, count);
+    auto count = [=](int j) { return static_cast<int>(min(int64_t{length}, left - j * apart)); };
+    load_matrix<T, kDepth, S::kGroups, R, kThreads>(to, a_aligned, a + stage.rank * a_stride + first, parts, apart,
+                                                    a_stride, group.rank - stage.rank, count);
     const T* from = x + first;
     const int64_t* token = members->token;
-    load_tile<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, [=](int row) -> Run<T> {
+    const int tokens = group.count;
+    load_rows<T, kDepth, S::kGroups * N, kThreads>(to + S::kABytes, x_aligned, parts * N, [=](int row) -> Run<T> {
       const int j = row / N, n = row % N;
       if (n >= tokens) return {from, 0};
       return {from + token[n] * stride_x + j * apart, count(j)};
@@ -224,7 +225,7 @@ struct LoraBlock {
   __device__ void load(int i, ExpandStage& stage) {
     char* to = buffer(i);
     const int left = capped(columns - stage.column), ranks = group.rank - stage.rank;
-    load_matrix<T, R, 1, S::kColumns, kThreads>(to, b_aligned, b + stage.column * b_stride + stage.rank, 0, b_stride,
+    load_matrix<T, R, 1, S::kColumns, kThreads>(to, b_aligned, b + stage.column * b_stride + stage.rank, 1, 0, b_stride,
                                                 left, [=](int) { return ranks; });
     // y comes with the last ranks
     if (accumulate && ranks <= R) {
@@ -277,10 +278,12 @@ struct LoraBlock {
       if (i == 0 && blocks > 1 && !plane_sums) cluster_sync();  // all have begun: their shared memory can be written
 
       if (now.piece == 0) set_zero<S::kTokenTiles>(sums);
-      multiply_tiles<S::kTokenTiles, kDepth, T>(sums, buffer(i), j * R + m, buffer(i) + S::kABytes, j * N + n);
+      const int own = now.round * S::kGroups + j;
+      if (own < own_parts) {
+        multiply_tiles<S::kTokenTiles, kDepth, T>(sums, buffer(i), j * R + m, buffer(i) + S::kABytes, j * N + n);
+      }
       if (++now.piece < pieces) continue;
       now.piece = 0;
-      const int own = now.round * S::kGroups + j;
       if (parts) {
         if (own < own_parts) send<S::kTokenTiles>(sums, block * own_parts + own, now.rank, m, n);
       } else {

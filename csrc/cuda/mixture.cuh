@@ -112,10 +112,10 @@ struct MixtureBlock {
     if (c.key != kNoKey) {
       const Weight& B = p.B[slice];
       const T* b = static_cast<const T*>(B.data) + c.slot() * B.slot_stride;
-      load_tile<T, kRankTile, S::kColumns, kThreads>(stage(i), in_chunks(b, B.row_stride), [&](int row) -> Run<T> {
-        if (row >= columns()) return {b, 0};
-        return {b + (first_column + row) * B.row_stride + c.tile * kRankTile, c.rank()};
-      });
+      const int ranks = c.rank();
+      load_matrix<T, kRankTile, 1, S::kColumns, kThreads>(stage(i), in_chunks(b, B.row_stride),
+                                                          b + first_column * B.row_stride + c.tile * kRankTile, 1, 0,
+                                                          B.row_stride, columns(), [=](int) { return ranks; });
       char* to = stage(i) + S::kBBytes;
       constexpr int kChunks = kRankTile / 4;
       const Planes h = planes_of_slice(p, slice);

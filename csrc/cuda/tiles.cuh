@@ -58,27 +58,25 @@ __device__ __forceinline__ void load_chunk(char* shared, Run<T> run, bool aligne
   }
 }
 
-// Fills kRows rows, of which row r comes from source(r), a Run.
+// Fills the first `rows` of kRows rows, of which row r comes from source(r), a Run.
 template <typename T, int kColumns, int kRows, int kThreads, typename Source>
-__device__ __forceinline__ void load_tile(char* tile, bool aligned, Source source) {
+__device__ __forceinline__ void load_rows(char* tile, bool aligned, int rows, Source source) {
   using Layout = Tile<T, kColumns>;
 #pragma unroll
   for (int first = 0; first < kRows * Layout::kChunks; first += kThreads) {
-    const int i = first + threadIdx.x;
-    if (kRows * Layout::kChunks % kThreads == 0 || i < kRows * Layout::kChunks) {
-      const int row = i / Layout::kChunks, chunk = i % Layout::kChunks;
-      Run<T> run = source(row);
-      run.count -= chunk * kPerChunk<T>;
-      run.data += chunk * kPerChunk<T>;
-      load_chunk(Layout::chunk(tile, row, chunk), run, aligned);
-    }
+    const int i = first + threadIdx.x, row = i / Layout::kChunks, chunk = i % Layout::kChunks;
+    if (row >= rows) break;
+    Run<T> run = source(row);
+    run.count -= chunk * kPerChunk<T>;
+    run.data += chunk * kPerChunk<T>;
+    load_chunk(Layout::chunk(tile, row, chunk), run, aligned);
   }
 }
 
-// Fills kOuter times kRows rows: row r of the j-th is `first` + j * outer_stride + r * row_stride and has count(j)
-// elements, none where r >= rows.
+// Fills the first `outer` of kOuter times kRows rows: row r of the j-th is `first` + j * outer_stride + r * row_stride
+// and has count(j) elements, none where r >= rows.
 template <typename T, int kColumns, int kOuter, int kRows, int kThreads, typename Count>
-__device__ __forceinline__ void load_matrix(char* tile, bool aligned, const T* first, int64_t outer_stride,
+__device__ __forceinline__ void load_matrix(char* tile, bool aligned, const T* first, int outer, int64_t outer_stride,
                                             int64_t row_stride, int rows, Count count) {
   using Layout = Tile<T, kColumns>;
   constexpr int kStep = kThreads / Layout::kChunks;  // rows at a time
@@ -88,6 +86,7 @@ __device__ __forceinline__ void load_matrix(char* tile, bool aligned, const T* f
 #pragma unroll
   for (int i = 0; i < kOuter * kRows; i += kStep) {
     const int j = i / kRows, r = i % kRows;
+    if (j >= outer) break;
     const Run<T> run = {first + j * outer_stride + r * row_stride,
                         own_row + r < rows ? count(j) - chunk * kPerChunk<T> : 0};
     load_chunk(Layout::chunk(tile, i + own_row, chunk), run, aligned);

@@ -26,7 +26,7 @@ _ORDER = {
         "shrink": (cuda, triton),
         "expand": (cuda, triton),
         "bgmv": (cuda, triton),
-        "backward": (cuda, reference),
+        "backward": (cuda, triton),
     },
 }
 

@@ -1,8 +1,8 @@
 """The CUDA backend (csrc/cuda): bgmv in one launch where a token has one adapter, else in two, on the current stream.
 
-Gradients take h = A x by the same kernels and up to five launches more; a plan is one. Up to 128 pairs are grouped by the
-kernels themselves; beyond that they follow a plan, which is made here if there is none. Whatever CUDA objects to (no code
-for this device, a bad launch, an earlier fault) is raised as RuntimeError.
+Gradients take h = A x by the same kernels and up to five launches more; a plan is one. Up to 128 pairs are grouped by
+the kernels themselves; beyond that they follow a plan, which is made here if there is none. Whatever CUDA objects to
+(no code for this device, a bad launch, an earlier fault) is raised as RuntimeError.
 """
 
 import functools

@@ -55,8 +55,16 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
     _kernels().bgmv(columns, x, A, B, indices, scale, ranks, gates, order, starts, accumulate, _shared(x.device))
 
 
+def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
+    """Gradients of bgmv's sum by x, every A, every B, scale and gates (the last two None where the input is None)."""
+    _check(x)
+    if order is None:
+        order, starts = plan(indices, A[0].shape[0])
+    return _kernels().backward(dy, x, A, B, indices, scale, ranks, gates, order, starts, _shared(x.device))
+
+
 def warmup(layers, dtype, device, **options):
-    """Compile and load what bgmv launches for these layers; the number of kernels."""
+    """Compile and load what bgmv, and backward if asked for, launch for these layers; the number of kernels."""
     if device.type != "cuda" and not _kernels().INTERPRET:
         raise LorakernError(f"the triton backend takes CUDA devices unless TRITON_INTERPRET=1; got {device}")
     return _kernels().warmup(layers, dtype, device, shared=_shared(device), **options)

@@ -17,6 +17,7 @@ def warmup(
     scale=True,
     gates=False,
     accumulate=True,
+    backward=False,
 ) -> int:
     """Compile and load the kernels that `bgmv` will use for these layers, so that none is compiled while serving.
 
@@ -34,6 +35,7 @@ def warmup(
         ranks: dtype of the ranks, int32 or int64; None where no ranks will be given.
         scale, gates: whether they will be given.
         accumulate: as in `bgmv`.
+        backward: prepare the gradients of `lora_delta` too, for a dy that is contiguous.
 
     Returns:
         The number of Triton kernels prepared. 0 on a CPU and where the CUDA backend serves: their kernels are compiled
@@ -59,10 +61,11 @@ def warmup(
         check.fail("warmup", "max_choices", "be a positive integer", repr(max_choices))
     # a token with one choice takes another kernel than one with several; how many those are does not matter
     choices = (1,) if max_choices == 1 else (1, 2)
+    ops = ("plan", "shrink", "expand", "bgmv", *(["backward"] if backward else []))
     served = {}
     for layer in layers:
         for count in choices:
-            for op in ("plan", "shrink", "expand", "bgmv"):
+            for op in ops:
                 served.setdefault(select(op, device, Layer(dtype, layer[2], count)), {})[layer] = None
     return sum(
         backend.warmup(
@@ -75,6 +78,7 @@ def warmup(
             scale=bool(scale),
             gates=bool(gates),
             accumulate=bool(accumulate),
+            backward=bool(backward),
         )
         for backend, layers in served.items()
         if hasattr(backend, "warmup")

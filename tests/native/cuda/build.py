@@ -86,10 +86,10 @@ def build_samples():
     return build([HERE / "planted.cu", HERE / "primitives.cu"], "samples.so")
 
 
-def load(path):
-    """The module at a path; another copy of the file is another module, with state of its own."""
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+def load(path, package):
+    """The module at a path. pybind11 hands out the one that it has of a name, so each copy needs a package's name."""
+    loader = importlib.machinery.ExtensionFileLoader(f"{package}._cuda", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
     return module
 

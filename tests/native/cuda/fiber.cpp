@@ -7,13 +7,6 @@
 
 #include "races.h"
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#else
-inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
-#endif
-
 namespace emulator {
 namespace {
 
@@ -21,8 +14,6 @@ constexpr size_t kPage = 4096;
 
 // Of whoever resumed the fiber that runs.
 Context resumer;
-const void* resumer_stack;
-size_t resumer_stack_size;
 void* resumer_race_state;
 
 }  // namespace
@@ -93,38 +84,21 @@ static void make_context(Context& context, const Pages& stack, void (*entry)()) 
 
 #endif
 
-static void (*entered)();
-
-// The first code of every fiber.
-static void enter() {
-  __sanitizer_finish_switch_fiber(nullptr, &resumer_stack, &resumer_stack_size);
-  entered();
-}
-
 Fiber::Fiber() : stack_(kStack), race_state_(__tsan_create_fiber(0)) {}
 
 Fiber::~Fiber() { __tsan_destroy_fiber(race_state_); }
 
-void Fiber::prepare(void (*entry)()) {
-  entered = entry;
-  fake_stack_ = nullptr;
-  make_context(context_, stack_, enter);
-}
+void Fiber::prepare(void (*entry)()) { make_context(context_, stack_, entry); }
 
 void Fiber::resume() {
-  void* fake_stack;
-  __sanitizer_start_switch_fiber(&fake_stack, stack_.begin(), stack_.end() - stack_.begin());
   resumer_race_state = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(race_state_, __tsan_switch_to_fiber_no_sync);
   switch_context(resumer, context_);
-  __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 }
 
 void Fiber::pause() {
-  __sanitizer_start_switch_fiber(&fake_stack_, resumer_stack, resumer_stack_size);
   __tsan_switch_to_fiber(resumer_race_state, __tsan_switch_to_fiber_no_sync);
   switch_context(context_, resumer);
-  __sanitizer_finish_switch_fiber(fake_stack_, &resumer_stack, &resumer_stack_size);
 }
 
 }  // namespace emulator

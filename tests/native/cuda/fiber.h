@@ -43,8 +43,7 @@ class Fiber {
   static constexpr size_t kStack = 256 << 10;  // of addresses: only what is touched takes memory
   Pages stack_;
   Context context_;
-  void* fake_stack_ = nullptr;  // AddressSanitizer's
-  void* race_state_;            // ThreadSanitizer's
+  void* race_state_;  // ThreadSanitizer's
 };
 
 }  // namespace emulator
