@@ -16,6 +16,7 @@ cudaError_t load(int index, Device* device) {
   if (!error) error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (!error) error = cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   if (!error) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  device->dynamic_bytes = device->shared_bytes;
   device->max_cluster = major >= 9 ? 16 : 1;
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
     if (!error) error = with_dtype(dtype, [&](auto zero) { return load_bgmv<decltype(zero)>(device); });

@@ -93,12 +93,11 @@ __device__ Group find_in_plan(const Routing& r, int64_t number, int step, Member
   return {slot, rank, count};
 }
 
-// The group of a number; its count is 0 where there is none or nothing to do. Ends with the members in place.
+// The group of a number; its count is 0 where there is none or nothing to do. Members are there after a barrier.
 template <int N>
 __device__ Group find_group(const Routing& r, int64_t number, int step, Members<N>& members) {
   const Group group = r.plan.order == nullptr ? find_in_indices(r, static_cast<int>(number), members)
                                               : find_in_plan(r, number, step, members);
-  __syncthreads();
   return group.rank > 0 ? group : Group{-1, 0, 0};
 }
 

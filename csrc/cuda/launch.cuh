@@ -51,8 +51,8 @@ struct Launcher {
 
   // Pairs to a group: more where there are many, and what the shared memory holds.
   int group_tokens() const {
-    if (pairs() > 1024 && bytes<64>(1) <= device.shared_bytes) return 64;
-    if (pairs() > 64 && bytes<32>(1) <= device.shared_bytes) return 32;
+    if (pairs() > 1024 && bytes<64>(1) <= device.dynamic_bytes) return 64;
+    if (pairs() > 64 && bytes<32>(1) <= device.dynamic_bytes) return 32;
     return 8;
   }
 
@@ -62,7 +62,7 @@ struct Launcher {
     int64_t count = 1;
     while (count * 2 <= most && work(N) * count * 2 <= int64_t{kBlocksEach} * device.multiprocessors &&
            (p.x == nullptr || part_length(p.d_in) * kParts / 2 < p.d_in) &&
-           bytes<N>(count * 2) <= device.shared_bytes) {
+           bytes<N>(count * 2) <= device.dynamic_bytes) {
       count *= 2;
     }
     return count;
@@ -125,7 +125,7 @@ struct Launcher {
       if (cudaError_t error = Launcher{shrink, device, stream}.grouped()) return error;
     }
     const bool many = p.routing.num_tokens > 64 && 32 * p.routing.num_choices <= 512 &&
-                      MixtureShape<T, 32>::bytes(p.routing.num_choices) <= device.shared_bytes;
+                      MixtureShape<T, 32>::bytes(p.routing.num_choices) <= device.dynamic_bytes;
     return many ? mixture<32>() : mixture<8>();
   }
 };
@@ -148,6 +148,7 @@ cudaError_t load_bgmv(Device* device) {
     cudaFuncAttributes attributes;
     if (cudaError_t error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     const int room = device->shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    device->dynamic_bytes = std::min(device->dynamic_bytes, room);
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room))
       return error;
     // what several blocks need at a time, too

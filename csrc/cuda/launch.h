@@ -8,8 +8,9 @@ namespace lorakern::cuda {
 
 struct Device {
   int multiprocessors;
-  int shared_bytes;  // that a block may ask for
-  int max_cluster;   // blocks; 1 where there are no clusters
+  int shared_bytes;   // that a block may use
+  int dynamic_bytes;  // of those, what every kernel leaves to its launch
+  int max_cluster;    // blocks; 1 where there are no clusters
 };
 
 template <typename T>
@@ -19,7 +20,8 @@ cudaError_t launch_bgmv(const BgmvParams& p, const Device& device, cudaStream_t 
 template <typename T>
 int planes_of(const BgmvParams& p, const Device& device);
 
-// Loads the kernels, lets them use all shared memory of the device, and finds the largest cluster.
+// Loads the kernels, lets them use all shared memory of the device, and lowers dynamic_bytes and max_cluster to what
+// they can have.
 template <typename T>
 cudaError_t load_bgmv(Device* device);
 
