@@ -347,9 +347,18 @@ struct LoraBlock {
     });
   }
 
+  // All blocks of the group have come here, and see what each has written.
+  __device__ void meet() {
+    if (blocks > 1) {
+      cluster_sync();
+    } else {
+      __syncthreads();
+    }
+  }
+
   // The blocks add up what they received and send it to all.
   __device__ void reduce(int first_rank, bool parts) {
-    cluster_sync();
+    meet();
     const int share = 1 << log_share;
     for (int e = threadIdx.x * 4; e < share; e += kThreads * 4) {
       auto value = [&](int i) { return *reinterpret_cast<const float4*>(received() + i * share + e); };
@@ -369,7 +378,7 @@ struct LoraBlock {
         for (int to_block = 0; to_block < blocks; ++to_block) store_shared_of(to_block, to, done);
       }
     }
-    cluster_sync();
+    meet();
   }
 
   __device__ static float4 plus(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
