@@ -64,6 +64,22 @@ def test_backward_is_deterministic_and_independent_of_threads():
         assert torch.equal(first, second) and torch.equal(second, third)
 
 
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_gradients_of_a_token_do_not_depend_on_the_batch(dtype, choices):
+    p = problem(dtype, 137, choices, 5, 520, (130, 64), 24)  # with 3 choices, some tokens have a slot twice
+    dy = torch.randn(137, 194).to(dtype)
+
+    def gradients(p, dy):
+        (x, *_, gates), delta = leaves(p)
+        return torch.autograd.grad(delta(x, *p.A, *p.B, p.scale, gates), (x, gates), dy)
+
+    whole = gradients(p, dy)
+    for start, stop in ((0, 1), (17, 18), (136, 137), (30, 49), (0, 64), (5, 137)):
+        part = gradients(p.rows(start, stop), dy[start:stop])
+        assert all(torch.equal(ours, theirs[start:stop]) for ours, theirs in zip(part, whole, strict=True))
+
+
 def test_bgmv_in_place_carries_gradients():
     p = problem(torch.float32, tokens=9, choices=2).without_nan()
     tensors, delta = leaves(p)

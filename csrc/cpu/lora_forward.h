@@ -247,19 +247,20 @@ void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
     for (int64_t i = 0; i < unit.num_groups; ++i) expand_slot<T>(job, 0, unit.groups[i], begin, target, scratch);
     return;
   }
-  // Terms of a token are added in ascending order of slot, then of weight: the same in every batch.
+  // Terms of a token are added in ascending order of weight, then of slot: the same in every batch.
   float* sums = scratch;
   scratch += block * width;
   for (int64_t token = unit.token_begin; token < unit.token_end; token += block) {
     const int64_t stop = std::min(token + block, unit.token_end);
     std::fill(sums, sums + (stop - token) * width, 0.0f);
     const Target<float> target{sums, width, token, width, true};
-    for (int64_t i = 0; i < unit.num_groups; ++i) {
-      const Pairs& all = unit.groups[i];
-      const int32_t* first = std::lower_bound(all.ids, all.ids + all.count, token * p.num_choices);
-      const int32_t* last = std::lower_bound(first, all.ids + all.count, stop * p.num_choices);
-      for (int w = 0; w < job.num_weights && first < last; ++w)
-        expand_slot<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
+    for (int w = 0; w < job.num_weights; ++w) {
+      for (int64_t i = 0; i < unit.num_groups; ++i) {
+        const Pairs& all = unit.groups[i];
+        const int32_t* first = std::lower_bound(all.ids, all.ids + all.count, token * p.num_choices);
+        const int32_t* last = std::lower_bound(first, all.ids + all.count, stop * p.num_choices);
+        if (first < last) expand_slot<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
+      }
     }
     for (int64_t t = token; t < stop; ++t) {
       if (!job.served[t]) continue;

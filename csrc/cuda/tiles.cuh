@@ -167,29 +167,39 @@ __device__ __forceinline__ void add(Sums<kTiles>& a, const Sums<kTiles>& b, bool
   }
 }
 
+__device__ __forceinline__ float add_product(float sum, float4 a, float4 b) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+// sums += the rows w .. w + 15 of float32 `weights` times tokens, of which value(token, chunk) gives four elements.
+template <int kTiles, typename Layout, typename Value>
+__device__ __forceinline__ void multiply_floats(Sums<kTiles>& sums, char* weights, int w, int chunks, Value value) {
+  const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
+#pragma unroll(kTiles > 1 ? 1 : 4)
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const float4 upper = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g, chunk));
+    const float4 lower = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g + 8, chunk));
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float4 v = value(8 * n + 2 * t + i, chunk);
+        sums[n][i] = add_product(sums[n][i], upper, v);
+        sums[n][2 + i] = add_product(sums[n][2 + i], lower, v);
+      }
+    }
+  }
+}
+
 // sums += the rows w .. w + 15 of `weights` times the rows x .. of `tokens`, all kColumns columns of both.
 template <int kTiles, int kColumns, typename T>
 __device__ __forceinline__ void multiply_tiles(Sums<kTiles>& sums, char* weights, int w, char* tokens, int x) {
   using Layout = Tile<T, kColumns>;
   const int lane = threadIdx.x % kWarp;
   if constexpr (std::is_same<T, float>::value) {
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll(kTiles > 1 ? 1 : 4)
-    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      const float4 upper = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g, chunk));
-      const float4 lower = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g + 8, chunk));
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 v = *reinterpret_cast<const float4*>(Layout::chunk(tokens, x + 8 * n + 2 * t + i, chunk));
-          float& high = sums[n][i];
-          float& low = sums[n][2 + i];
-          high = fmaf(upper.w, v.w, fmaf(upper.z, v.z, fmaf(upper.y, v.y, fmaf(upper.x, v.x, high))));
-          low = fmaf(lower.w, v.w, fmaf(lower.z, v.z, fmaf(lower.y, v.y, fmaf(lower.x, v.x, low))));
-        }
-      }
-    }
+    multiply_floats<kTiles, Layout>(sums, weights, w, Layout::kChunks, [&](int token, int chunk) {
+      return *reinterpret_cast<const float4*>(Layout::chunk(tokens, x + token, chunk));
+    });
   } else {
 #pragma unroll(kTiles > 4 ? 1 : kColumns / 16)
     for (int step = 0; step < kColumns / 16; ++step) {
@@ -237,23 +247,9 @@ __device__ __forceinline__ void multiply_h(Sums<kTiles>& sums, char* weights, in
   using Layout = Tile<T, kColumns>;
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   if constexpr (std::is_same<T, float>::value) {
-#pragma unroll(kTiles > 1 ? 1 : 4)
-    for (int chunk = 0; chunk < Layout::kChunks; ++chunk) {
-      if (chunk >= 4 * steps) break;
-      const float4 upper = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g, chunk));
-      const float4 lower = *reinterpret_cast<const float4*>(Layout::chunk(weights, w + g + 8, chunk));
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float4 v = *reinterpret_cast<const float4*>(h + (8 * n + 2 * t + i) * stride + 4 * chunk);
-          float& high = sums[n][i];
-          float& low = sums[n][2 + i];
-          high = fmaf(upper.w, v.w, fmaf(upper.z, v.z, fmaf(upper.y, v.y, fmaf(upper.x, v.x, high))));
-          low = fmaf(lower.w, v.w, fmaf(lower.z, v.z, fmaf(lower.y, v.y, fmaf(lower.x, v.x, low))));
-        }
-      }
-    }
+    multiply_floats<kTiles, Layout>(sums, weights, w, min(Layout::kChunks, 4 * steps), [&](int token, int chunk) {
+      return *reinterpret_cast<const float4*>(h + token * stride + 4 * chunk);
+    });
   } else {
 #pragma unroll(kTiles > 2 ? 1 : kColumns / 16)
     for (int step = 0; step < kColumns / 16; ++step) {
