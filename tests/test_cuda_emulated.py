@@ -92,6 +92,14 @@ def test_no_access_beyond_the_tensors(monkeypatch, copies, arch, at_end, dtype, 
         assert test_cuda.ratio(test_cuda.run(case, emulated_cuda.fenced(y, at_end)), want) < tolerance
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("r_max", [576, 704, 1024])
+def test_ranks_that_almost_fill_the_shared_memory(monkeypatch, arch, r_max):
+    emulated_cuda.install(monkeypatch, arch)
+    monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
+    test_cuda.check(test_cuda.make_case(4, 16, (8,), 2, r_max, torch.float32, choices=256), 1e-6)
+
+
 # ---- The emulator: mistakes
 
 
