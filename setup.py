@@ -93,7 +93,8 @@ class Build(build_ext):
             if ext == ".cu":
                 targets = [f"-gencode=arch={arch},code={code}" for arch, code in CUDA_TARGETS]
                 include = ["-Icsrc/cuda", *(arg for arg in pp_opts if arg.startswith("-I"))]
-                flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xptxas", "-v", *targets]
+                threads = ["--threads", str(len(CUDA_TARGETS))]
+                flags = ["-O3", "-std=c++17", *threads, "-Xcompiler", "-fPIC", "-Xptxas", "-v", *targets]
                 subprocess.run([nvcc(), *flags, *include, "-c", src, "-o", obj], check=True)
             else:
                 stem = Path(src).stem
