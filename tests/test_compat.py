@@ -219,8 +219,7 @@ def test_triton_ops_equal_the_formula(d_outs, four, h_dtype, dtype, tolerance):
 
 def test_triton_ops_honour_strides():
     x, mapping = randn(20, 64), slots_of(20, 3).int()
-    A, B = randn(1, 1, 4, 32).expand(3, 1, 4, 32), randn(3, 16, 8)[:, :, ::2].mT.contiguous().mT
-    B = randn(1, 16, 4).expand(3, 16, 4)
+    A, B = randn(1, 1, 4, 32).expand(3, 1, 4, 32), randn(1, 16, 4).expand(3, 16, 4)
     h, y = torch.empty(1, 20, 4), randn(20, 40)[:, ::2]
     before, meta = y.clone(), metadata(mapping, 3)
     triton_ops.lora_shrink(x[:, ::2], (A,), h, *meta, 1.0)
@@ -252,6 +251,75 @@ def test_triton_ops_compile_whole_and_read_the_metadata_at_run_time():
         assert error_ratio(y + 1, product(product(x, A, mapping), B, mapping) + 1) < 1e-6
 
 
+def run_everything(place, x, A, B, mapping):
+    """All ops once, on a device; what they wrote."""
+    meta = triton_ops.LoRAKernelMeta.make(len(A), 64, place)
+    x, A, B, mapping = (tensor.to(place) for tensor in (x, A, B, mapping))
+    tokens, rank, d_out = len(x), A.shape[1], B.shape[1]
+    lengths = torch.full((tokens,), 1, device=place)
+    routing = (lengths, lengths, mapping, tokens, 1, tokens)
+    starts = torch.arange(0, tokens + 1, tokens // len(A), device=place, dtype=torch.int32)[: len(A) + 1]
+    h, y = x.new_zeros(6, tokens, rank), x.new_zeros(6, tokens, d_out)
+
+    def run():
+        meta.prepare_tensors(mapping)
+        arguments = meta.meta_args(tokens, True)
+        triton_ops.lora_shrink(x, [A], h[:1], *arguments, 0.5)
+        triton_ops.lora_expand(h[:1], [B], y[0], *arguments)
+        torch_ops.bgmv_shrink(x, A, h[1], mapping, 0.5)
+        torch_ops.bgmv_expand(h[1], B, y[1], mapping)
+        torch_ops.sgmv_shrink(x, A, h[2], *routing, 0.5)
+        torch_ops.sgmv_expand_slice(h[2], B, y[2], *routing, 0, d_out)
+        punica.ops.bgmv(h[3], x, A[:, None], mapping, 0, 0.5)
+        punica.ops.bgmv(y[3], h[3], B[:, None], mapping, 0, 1.0)
+        punica.ops.add_lora_bgmv(y[4], x, A[:, None], B[:, None], mapping, 0, 0.5)
+        weights = ([a[None] for a in A], [b[None].mT for b in B])
+        punica.ops.add_lora_sgmv_custom_cutlass(y[5], x, *weights, starts, 0, rank)
+
+    return run, y
+
+
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_nothing_waits_for_a_gpu(place):
+    x, A, B, mapping = randn(24, 64), randn(4, 8, 64), randn(4, 96, 8), slots_of(24, 4)
+    run, y = run_everything(place, x, A, B, mapping)
+    run()
+    y.zero_()
+    if place == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        # the halves of Punica's bgmv accumulate in h as well: the second run starts from what the first left there
+        run()
+    finally:
+        if place == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    exact = product(product(x, A, mapping), B, mapping) / 2
+    in_runs = product(product(x, A, torch.arange(4).repeat_interleave(6)), B, torch.arange(4).repeat_interleave(6))
+    for i, wanted in enumerate((exact, exact, exact, 2 * exact, exact, in_runs)):
+        assert error_ratio(y[i].cpu(), wanted) < 1e-5, i
+
+
+def test_no_tokens():
+    meta = triton_ops.LoRAKernelMeta.make(3, 8, "cpu")
+    nothing, A, B = torch.zeros(0, dtype=torch.long), randn(3, 2, 8), randn(3, 6, 2)
+    meta.prepare_tensors(nothing)
+    triton_ops.lora_shrink(randn(0, 8), [A], randn(1, 0, 2), *meta.meta_args(0, True), 1.0)
+    triton_ops.lora_expand(randn(1, 0, 2), [B], randn(0, 6), *meta.meta_args(0, True))
+    torch_ops.bgmv_shrink(randn(0, 8), A, randn(0, 2), nothing)
+    torch_ops.sgmv_expand(randn(0, 2), B, randn(0, 6), nothing, nothing, nothing, 0, 0, 0)
+    punica.ops.bgmv(randn(0, 2), randn(0, 8), A[:, None], nothing, 0, 1.0)
+
+
+def test_weights_that_want_gradients_are_only_read():
+    A, B = torch.nn.Parameter(randn(3, 2, 8)), torch.nn.Parameter(randn(3, 6, 2))
+    x, mapping, h, y = randn(4, 8).requires_grad_(), slots_of(4, 3), torch.zeros(4, 2), torch.zeros(4, 6)
+    torch_ops.bgmv_shrink(x, A, h, mapping)
+    torch_ops.bgmv_expand(h, B, y, mapping)
+    triton_ops.lora_expand(h[None], [B], y, *metadata(mapping, 3), 0, True)
+    punica.ops.bgmv(y, h, B[:, None], mapping, 0, 1.0)
+    assert not y.requires_grad and error_ratio(y, 3 * product(product(x, A, mapping), B, mapping)) < 1e-5
+
+
 # Punica -------------------------------------------------------------------------------------------------------------
 
 PUNICA = {
@@ -271,7 +339,7 @@ def test_punica_signatures():
 
 @by_dtype
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("d_in, d_out, rank", [(256, 344, 8), (63, 1000, 16), (129, 129, 5)])
+@pytest.mark.parametrize("d_in, d_out, rank", [(256, 300, 8), (63, 200, 16), (129, 129, 5)])
 def test_punica_bgmv(d_in, d_out, rank, popularity, dtype, tolerance):
     tokens, slots, layers = 32, 4, 3
     wa = randn(slots, layers, rank, d_in, dtype=dtype)

@@ -50,6 +50,7 @@ def project(op, target, x, weight, indices, scale, accumulate):
     target.copy_(torch.where(served.reshape(-1, 1), values, target))
 
 
+@torch.no_grad()
 def spread(op, y, rows, weight, indices, offset, accumulate, scale=None):
     """``y[t, offset:] (+)= scale * weight[indices[t]] @ rows[t]`` with the weight in y's dtype."""
     check.check_activations(op, "the output", y)

@@ -8,6 +8,8 @@ Names, argument order and results are Punica's: all add to y in place. Two diffe
   and a stale one reads freed memory: integers are refused. A sequence is stacked at every call (one layer of it);
 - what lies between the two products of a LoRA is not rounded to the dtype of x.
 
+Attention, norm and the unfinished add_lora_sgmv of that module are not here.
+
 All raise LorakernError for arguments that do not fit together, before anything is written.
 """
 

@@ -82,7 +82,9 @@ class LoRAKernelMeta:
         # the plan has the tokens without an adapter last, vLLM has them first
         rows = torch.arange(tokens, device=order.device)
         self.token_lora_mapping[:tokens].copy_(token_lora_mapping, non_blocking=True)
-        self.token_indices_sorted_by_lora_ids[:tokens].copy_(order[(rows + ends[-1]) % tokens], non_blocking=True)
+        self.token_indices_sorted_by_lora_ids[:tokens].copy_(
+            order[(rows + ends[-1]) % max(tokens, 1)], non_blocking=True
+        )
 
         ids = torch.arange(-1, slots, device=order.device)
         counts = torch.cat([tokens - ends[-1:], ends.diff()])

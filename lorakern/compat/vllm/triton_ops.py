@@ -1,7 +1,8 @@
 """The Triton LoRA ops of vLLM 0.32 (``vllm.lora.ops.triton_ops``): lora_shrink, lora_expand and their metadata.
 
 They run on every device that lorakern serves, the CPU too. Of the seven metadata tensors they read two: the slot of
-each token and the flag that no token has one. float32 is taken as well as float16 and bfloat16, and any strides.
+each token and the flag that no token has one. float32 is taken as well as float16 and bfloat16, and any strides of the
+weights whose last dimension is contiguous. The MoE and float8 ops of that module are not here.
 """
 
 from lorakern.compat._common import as_h, slots_first
