@@ -1,12 +1,11 @@
 """The LoRA ops of Punica (``punica.ops`` of commit 591b5989), on any device, of any rank and width.
 
-Names, argument order and results are Punica's: all add to y in place. Two differences:
-
-- the arguments that end in ``_ptr`` take the weights, not their addresses: a sequence with one tensor
-  (layers, rows, columns) per segment, such as `utils.BatchedLoraWeight` has, or one tensor (segments, layers, rows,
-  columns). An address says nothing of the size, the dtype or the life of what it points to, so nothing can be checked
-  and a stale one reads freed memory: integers are refused. A sequence is stacked at every call (one layer of it);
-- what lies between the two products of a LoRA is not rounded to the dtype of x.
+Names, argument order and results are Punica's: all add to y in place, and between the two products of a LoRA h is
+rounded to the dtype of x. One difference:
+the arguments that end in ``_ptr`` take the weights, not their addresses: a sequence with one tensor (layers, rows,
+columns) per segment, such as `utils.BatchedLoraWeight` has, or one tensor (segments, layers, rows, columns). An address
+says nothing of the size, the dtype or the life of what it points to, so nothing can be checked and a stale one reads
+freed memory: integers are refused. Of a sequence one layer is stacked at every call.
 
 Attention, norm and the unfinished add_lora_sgmv of that module are not here.
 
@@ -15,9 +14,9 @@ All raise LorakernError for arguments that do not fit together, before anything 
 
 import torch
 
-from lorakern import ops
 from lorakern.compat._common import project, segment_indices, spread
 from lorakern.ops import _checks as check
+from lorakern.ops import expand, shrink
 
 __all__ = ["add_lora_bgmv", "add_lora_sgmv_custom_cutlass", "add_lora_sgmv_cutlass", "bgmv", "sgmv", "sgmv_cutlass"]
 
@@ -46,8 +45,7 @@ def add_lora_bgmv(y, x, wa_T_all, wb_T_all, indicies, layer_idx, scale):
     """
     A = _of_layer("add_lora_bgmv", "wa_T_all", wa_T_all, layer_idx)
     B = _of_layer("add_lora_bgmv", "wb_T_all", wb_T_all, layer_idx)
-    _check_widths("add_lora_bgmv", y, B)
-    ops.bgmv(y, x, A, B, indicies, scale=scale)
+    _add_lora("add_lora_bgmv", y, x, A, B, indicies, scale)
 
 
 def sgmv(y, x, w_ptr, s, layer_idx):
@@ -81,13 +79,13 @@ def add_lora_sgmv_cutlass(y, x, wa_ptr, wb_ptr, s, layer_idx, lora_rank):
         y, x, s, layer_idx: as in `sgmv`.
     """
     A = _of_layer("add_lora_sgmv_cutlass", "wa_ptr", wa_ptr, layer_idx, transpose=True)
-    _add_lora("add_lora_sgmv_cutlass", y, x, A, wb_ptr, s, layer_idx, lora_rank)
+    _add_segments("add_lora_sgmv_cutlass", y, x, A, wb_ptr, s, layer_idx, lora_rank)
 
 
 def add_lora_sgmv_custom_cutlass(y, x, wa_ptr, wb_ptr, s, layer_idx, lora_rank):
     """`add_lora_sgmv_cutlass` with wa_ptr (layers, r, d_in), the layout of `utils.LoraWeight`. Punica 591b5989."""
     A = _of_layer("add_lora_sgmv_custom_cutlass", "wa_ptr", wa_ptr, layer_idx)
-    _add_lora("add_lora_sgmv_custom_cutlass", y, x, A, wb_ptr, s, layer_idx, lora_rank)
+    _add_segments("add_lora_sgmv_custom_cutlass", y, x, A, wb_ptr, s, layer_idx, lora_rank)
 
 
 def _of_layer(op, name, weights, layer_idx, transpose=False):
@@ -122,18 +120,29 @@ def _check_widths(op, y, weights):
         check.fail(op, "y", f"have as many columns as the weights give ({weights.shape[1]})", check.describe(y))
 
 
-def _add_lora(op, y, x, A, wb_ptr, s, layer_idx, lora_rank):
+def _add_segments(op, y, x, A, wb_ptr, s, layer_idx, lora_rank):
     B = _of_layer(op, "wb_ptr", wb_ptr, layer_idx, transpose=True)
-    _check_widths(op, y, B)
+    check.check_activations(op, "x", x)
     if A.shape[1] != lora_rank:
         check.fail(op, "lora_rank", f"be the rank of the weights ({A.shape[1]})", repr(lora_rank))
-    ops.sgmv(y, x, A, B, s, torch.arange(A.shape[0], device=A.device))
+    _add_lora(op, y, x, A, B, _indices(op, x, s, A.shape[0]), None)
+
+
+@torch.no_grad()
+def _add_lora(op, y, x, A, B, indices, scale):
+    """Both halves, with h rounded in between as Punica does: one fused call would be closer to the exact sum."""
+    _check_widths(op, y, B)
+    h = shrink(x, A, indices)
+    expand(y, h.to(x.dtype).to(h.dtype), B, indices, scale=scale)
+
+
+def _indices(op, x, s, segments):
+    return segment_indices(op, "s", s, torch.arange(segments, device=x.device), x.shape[0])
 
 
 def _segments(op, y, x, weights, s):
     check.check_activations(op, "x", x)
-    slots = torch.arange(weights.shape[0], device=weights.device)
-    _add_product(op, y, x, weights, segment_indices(op, "s", s, slots, x.shape[0]), 1.0)
+    _add_product(op, y, x, weights, _indices(op, x, s, weights.shape[0]), 1.0)
 
 
 def _add_product(op, y, x, weights, indices, scale):
