@@ -1,11 +1,12 @@
 """The LoRA ops of Punica (``punica.ops`` of commit 591b5989), on any device, of any rank and width.
 
 Names, argument order and results are Punica's: all add to y in place, and between the two products of a LoRA h is
-rounded to the dtype of x. One difference:
-the arguments that end in ``_ptr`` take the weights, not their addresses: a sequence with one tensor (layers, rows,
-columns) per segment, such as `utils.BatchedLoraWeight` has, or one tensor (segments, layers, rows, columns). An address
-says nothing of the size, the dtype or the life of what it points to, so nothing can be checked and a stale one reads
-freed memory: integers are refused. Of a sequence one layer is stacked at every call.
+rounded to the dtype of x.
+
+One difference: the arguments that end in ``_ptr`` take the weights, not their addresses. Give a sequence with one
+tensor (layers, rows, columns) per segment, such as `utils.BatchedLoraWeight` has (one layer of it is stacked at every
+call), or one tensor (segments, layers, rows, columns). An address says nothing of the size, the dtype or the life of
+what it points to, so nothing could be checked and a stale one would read freed memory: integers are refused.
 
 Attention, norm and the unfinished add_lora_sgmv of that module are not here.
 
@@ -109,7 +110,9 @@ def _of_layer(op, name, weights, layer_idx, transpose=False):
         check.fail(op, "layer_idx", f"lie between 0 and {shape[0] - 1}", repr(layer_idx))
     if isinstance(pick, list):
         layer = [w[layer_idx].mT if transpose else w[layer_idx] for w in pick]
-        return layer[0].contiguous().expand(len(layer), -1, -1) if len(set(map(id, pick))) == 1 else torch.stack(layer)
+        if all(w is pick[0] for w in pick):
+            return layer[0].contiguous().expand(len(layer), -1, -1)
+        return torch.stack(layer)
     layer = pick[layer_idx].mT if transpose else pick[layer_idx]
     return layer if layer.stride(2) == 1 else layer.contiguous()
 
@@ -149,8 +152,9 @@ def _add_product(op, y, x, weights, indices, scale):
     """One matrix a row, by the half of a LoRA that it resembles."""
     check.check_activations(op, "x", x)
     _check_widths(op, y, weights)
-    if x.dtype != y.dtype:
-        check.fail(op, "x", f"have the dtype of y ({y.dtype})", check.describe(x))
+    if x.shape[0] != y.shape[0] or not x.dtype == y.dtype == weights.dtype:
+        takes = f"have the rows of y ({y.shape[0]}) and the dtype of y and of the weights ({y.dtype}, {weights.dtype})"
+        check.fail(op, "x", takes, check.describe(x))
     if x.shape[1] < y.shape[1]:
         spread(op, y, x, weights, indices, 0, True, scale)
     else:
