@@ -116,6 +116,7 @@ setup(
         "lorakern.backends",
         "lorakern.demo",
         "lorakern.integrations",
+        "lorakern.integrations.vllm",
         "lorakern.ops",
         "lorakern.triton_kernels",
     ],
