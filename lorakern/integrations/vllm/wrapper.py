@@ -3,10 +3,13 @@
 from typing import NamedTuple
 
 import torch
+from vllm.logger import init_logger
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 
 from lorakern.integrations.vllm.ranks import Banks, follow
 from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, shrink
+
+logger = init_logger("vllm.lorakern")
 
 
 class Route(NamedTuple):
@@ -37,6 +40,7 @@ class PunicaWrapper(PunicaWrapperBase):
         self.banks = Banks()
         self._routes: dict[tuple[bool, int, int], Route] = {}
         self._idle = True
+        logger.info("lorakern serves the LoRA layers on %s; LORAKERN_VLLM=0 turns it off.", device)
 
     def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size, **kwargs) -> None:
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
@@ -45,7 +49,9 @@ class PunicaWrapper(PunicaWrapperBase):
         self._sampler_indices[self.indices_len[1] :].fill_(-1)
         self.is_prefill = mapping.is_prefill
         self._routes.clear()
-        self._idle = not any(mapping.index_mapping) and not any(mapping.prompt_mapping)
+        # A captured graph replays for steps with adapters too: only the CPU skips those without.
+        used = any(mapping.index_mapping) or any(mapping.prompt_mapping)
+        self._idle = not used and self._token_lora_indices.device.type == "cpu"
 
     def _route(self, rows: int, slots: int, sampled: bool = False) -> Route:
         """Of the tokens of this step, or of the rows whose logits are sampled."""
