@@ -40,7 +40,7 @@ def prompts():
 
 
 def generate(folder, requests, lorakern, **engine):
-    """The tokens of every request, and what the engine logged."""
+    """The tokens of every request and the ranks of the slots, and what the engine logged."""
     job = folder / "job.json"
     job.write_text(json.dumps({"engine": engine, "requests": requests}))
     environment = os.environ | {"LORAKERN_VLLM": "" if lorakern else "0"}
@@ -83,12 +83,17 @@ def own_answers(settings, requests, tmp_path_factory):
     """
     answers, log = generate(tmp_path_factory.mktemp("own"), requests, False, max_loras=len(ADAPTERS) + 1, **settings)
     assert "lorakern" not in log and "Using PunicaWrapperCPU." in log
-    return answers
+    return answers["tokens"]
 
 
 @pytest.mark.parametrize("slots", [len(ADAPTERS) + 1, len(ADAPTERS)])
 def test_answers_equal_those_of_vllms_own_path(settings, requests, own_answers, tmp_path, slots):
     answers, log = generate(tmp_path, requests, True, max_loras=slots, **settings)
     assert "lorakern serves the LoRA layers on cpu" in log
-    assert answers == own_answers
-    assert all(adapted != bare for adapted, bare in zip(answers[::2], answers[1::2], strict=True))
+    tokens, ranks = answers["tokens"], answers["ranks"]
+    assert tokens == own_answers
+    assert all(adapted != bare for adapted, bare in zip(tokens[::2], tokens[1::2], strict=True))
+    # By adapter, in the order of their names, and slice.
+    assert ranks["model.layers.3.self_attn.qkv_proj"] == {"1": [4, 0, 32], "2": [4, 4, 4], "3": [8, 8, 8]}
+    assert ranks["model.layers.3.self_attn.o_proj"] == {"1": [0], "2": [4], "3": [8]}
+    assert ranks["model.layers.3.mlp.gate_up_proj"] == {"1": [0, 0], "2": [4, 4], "3": [0, 0]}
