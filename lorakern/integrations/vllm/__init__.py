@@ -1,0 +1,47 @@
+"""vLLM's LoRA layers on lorakern: a plugin of the group `vllm.general_plugins`, active where both are installed.
+
+vLLM runs `register` in each of its processes; nothing of vLLM is imported before.
+"""
+
+import os
+
+WRAPPER = "lorakern.integrations.vllm.wrapper.PunicaWrapper"
+
+# "tested": tests/vllm ran with it. "compared": its LoRA layers and manager were read beside those of a tested one.
+VERSIONS = {"0.29": "compared", "0.30": "compared", "0.31": "compared", "0.32": "tested", "0.33": "compared"}
+
+
+def reason_to_stay_out(setting: str, version: str, device_type: str) -> str | None:
+    """Why vLLM keeps its own LoRA kernels, or None if lorakern takes over.
+
+    Args:
+        setting: the value of ``LORAKERN_VLLM``: "0" is off, "1" also takes over on devices that were not tested yet.
+        version: ``vllm.__version__``.
+        device_type: what vLLM runs on, "cpu" or "cuda".
+
+    >>> reason_to_stay_out("", "0.32.0", "cpu") is None
+    True
+    >>> reason_to_stay_out("", "0.28.1", "cpu")
+    'vLLM 0.28.1 is not supported (0.29 to 0.33 are)'
+    """
+    if setting == "0":
+        return "LORAKERN_VLLM=0"
+    if ".".join(version.split(".")[:2]) not in VERSIONS:
+        return f"vLLM {version} is not supported ({min(VERSIONS)} to {max(VERSIONS)} are)"
+    if device_type != "cpu" and setting != "1":
+        return f"on {device_type} it was not tested yet (LORAKERN_VLLM=1 takes over all the same)"
+    return None
+
+
+def register() -> None:
+    """Make vLLM's platform name our wrapper as its LoRA kernels. Runs any number of times."""
+    import vllm
+    from vllm.logger import init_logger
+    from vllm.platforms import current_platform
+
+    setting = os.environ.get("LORAKERN_VLLM", "")
+    reason = reason_to_stay_out(setting, vllm.__version__, current_platform.device_type)
+    if reason is None:
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+    elif setting != "0":
+        init_logger("vllm.lorakern").warning("lorakern: vLLM keeps its own LoRA kernels: %s.", reason)

@@ -1,0 +1,215 @@
+"""The wrapper beside a plain loop over rows, and beside vLLM's own for the CPU, without an engine."""
+
+import types
+
+import pytest
+import torch
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from lorakern.integrations.vllm.ranks import follow
+from lorakern.integrations.vllm.wrapper import PunicaWrapper
+
+SLOTS, R_MAX, D_IN = 4, 16, 48
+WIDTHS = (40, 24, 24)
+RANKS = ((4, 16, 0, 9), (1, 16, 0, 9), (8, 16, 5, 0))  # by slice and slot
+IDS = [7, 3, None, 9]  # the adapter of each slot
+TOKENS = (3, 3, 0, 7, 9, 0, 7)  # the adapter of each token
+SLOT_OF = {0: -1, 7: 0, 3: 1, 9: 3}
+PROMPTS = (9, 0, 3)
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def make_layer(wrapper, dtype=torch.float32):
+    """What vLLM's layers have: stacked factors, padded with zeros, and the wrapper."""
+    generator = torch.Generator().manual_seed(0)
+    layer = types.SimpleNamespace(punica_wrapper=wrapper, lora_a_stacked=[], lora_b_stacked=[])
+    for width, ranks in zip(WIDTHS, RANKS, strict=True):
+        a, b = torch.zeros(SLOTS, 1, R_MAX, D_IN), torch.zeros(SLOTS, 1, width, R_MAX)
+        for slot, rank in enumerate(ranks):
+            a[slot, 0, :rank] = torch.randn(rank, D_IN, generator=generator) / 8
+            b[slot, 0, :, :rank] = torch.randn(width, rank, generator=generator) / 8
+        layer.lora_a_stacked.append(a.to(dtype))
+        layer.lora_b_stacked.append(b.to(dtype))
+    return layer
+
+
+def make_wrapper(cls=PunicaWrapper, tokens=TOKENS, prompts=PROMPTS):
+    wrapper = cls(64, max_batches=8, device="cpu", lora_config=None)
+    wrapper.update_metadata(LoRAMapping(tokens, prompts, is_prefill=True), IDS, SLOTS + 1, 1000)
+    return wrapper
+
+
+def expected(y, x, layer, ids, scale=1.0):
+    """A loop over rows and slices, in float64."""
+    y = y.double()
+    for row, adapter in enumerate(ids):
+        if adapter:
+            slot = SLOT_OF[adapter]
+            updates = [b[slot, 0].double() @ (a[slot, 0].double() @ x[row].double()) for a, b in factors(layer)]
+            y[row, : sum(WIDTHS)] += scale * torch.cat(updates)
+    return y
+
+
+def factors(layer):
+    return list(zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True))
+
+
+def error(got, want):
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+def measured(wrapper, dtype=torch.float32):
+    layer = make_layer(wrapper, dtype)
+    for slot in range(SLOTS):
+        wrapper.banks.measure(layer, slot)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("measure", [True, False])
+def test_linear(dtype, measure):
+    wrapper = make_wrapper()
+    layer = measured(wrapper, dtype) if measure else make_layer(wrapper, dtype)
+    x, y = torch.randn(len(TOKENS), D_IN).to(dtype), torch.randn(len(TOKENS), sum(WIDTHS)).to(dtype)
+    want, base = expected(y, x, layer, TOKENS, 0.5), y.clone()
+    wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 0.5, WIDTHS)
+    assert error(y, want) < TOLERANCE[dtype]
+    bare = torch.tensor(TOKENS) == 0
+    assert torch.equal(y[bare], base[bare])
+
+
+def test_padding_is_never_read():
+    wrapper = make_wrapper()
+    layer = measured(wrapper)
+    want_layer = make_layer(wrapper)
+    for (a, b), ranks in zip(factors(layer), RANKS, strict=True):
+        for slot, rank in enumerate(ranks):
+            a[slot, 0, rank:] = torch.nan
+            b[slot, 0, :, rank:] = torch.nan
+    x, y = torch.randn(len(TOKENS), D_IN), torch.zeros(len(TOKENS), sum(WIDTHS))
+    want = expected(y, x, want_layer, TOKENS)
+    wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, WIDTHS)
+    assert error(y, want) < 1e-6
+    for (a, b), ranks in zip(factors(layer), RANKS, strict=True):
+        assert wrapper.banks[a].ranks.tolist() == list(ranks) == wrapper.banks[b].ranks.tolist()
+
+
+def test_factors_of_another_dtype():
+    wrapper = make_wrapper()
+    layer = measured(wrapper, torch.bfloat16)
+    x, y = torch.randn(len(TOKENS), D_IN), torch.randn(len(TOKENS), sum(WIDTHS))
+    want = expected(y, x, layer, TOKENS)
+    wrapper.add_lora_linear(y, x, layer.lora_a_stacked, layer.lora_b_stacked, 1.0, WIDTHS)
+    assert error(y, want) < 1e-2
+
+
+def test_shrink_and_expand_as_fully_sharded_layers_call_them():
+    wrapper = make_wrapper()
+    layer = measured(wrapper)
+    x, y = torch.randn(len(TOKENS), D_IN), torch.randn(len(TOKENS), 10 + sum(WIDTHS))
+    left = y[:, :10].clone()
+    want = expected(y[:, 10:], x, layer, TOKENS)
+    h = torch.full((len(WIDTHS), len(TOKENS), R_MAX), torch.nan)
+    wrapper.add_shrink(h, x, layer.lora_a_stacked, 1.0)
+    wrapper.add_expand(y, h, layer.lora_b_stacked, WIDTHS, offset_start=10, add_input=True)
+    assert error(y[:, 10:], want) < 1e-6
+    assert torch.equal(y[:, :10], left)
+
+
+def test_expand_overwrites_where_it_is_told_to():
+    wrapper = make_wrapper(tokens=(3, 3), prompts=(3,))
+    layer = measured(wrapper)
+    x, y = torch.randn(2, D_IN), torch.full((2, sum(WIDTHS)), torch.nan)
+    h = torch.empty(len(WIDTHS), 2, R_MAX)
+    wrapper.add_shrink(tuple(h), x, layer.lora_a_stacked, 1.0)
+    wrapper.add_expand(y, tuple(h), layer.lora_b_stacked, WIDTHS, add_inputs=False)
+    assert error(y, expected(torch.zeros_like(y), x, layer, (3, 3))) < 1e-6
+
+
+def test_batches_padded_beyond_the_mapping_and_of_three_dimensions():
+    wrapper = make_wrapper()
+    layer = measured(wrapper)
+    rows = len(TOKENS) + 5
+    x, y = torch.randn(rows, D_IN), torch.randn(rows, sum(WIDTHS))
+    want = expected(y, x, layer, TOKENS + (0,) * 5)
+    wrapper.add_lora_linear(y[None], x[None], layer.lora_a_stacked, layer.lora_b_stacked, 1.0, WIDTHS)
+    assert error(y, want) < 1e-6
+
+
+def test_a_step_without_adapters_touches_nothing():
+    wrapper = make_wrapper(tokens=(0, 0), prompts=(0,))
+    layer = measured(wrapper)
+    y = torch.randn(2, sum(WIDTHS))
+    base = y.clone()
+    wrapper.add_lora_linear(y, torch.randn(2, D_IN), layer.lora_a_stacked, layer.lora_b_stacked, 1.0, WIDTHS)
+    assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize("columns", [40, 36, 44])
+def test_logits(columns):
+    wrapper, own = make_wrapper(), make_wrapper(PunicaWrapperCPU)
+    layer = measured(wrapper)
+    a, b = factors(layer)[0]
+    a[-1], b[-1] = 0, 0  # vLLM's own serves rows without an adapter with the last slot: keep it empty
+    x, y = torch.randn(len(PROMPTS), D_IN), torch.randn(len(PROMPTS), columns)
+    want = y.clone()
+    own.add_lora_logits(want, x, a, b, 1.0)
+    wrapper.add_lora_logits(y, x, a, b, 1.0)
+    assert error(y, want.double()) < 1e-6
+
+
+def test_embedding():
+    wrapper = make_wrapper()
+    layer = measured(wrapper)
+    _, b = factors(layer)[1]
+    chosen, y = torch.randn(len(TOKENS), R_MAX), torch.randn(len(TOKENS), WIDTHS[1])
+    want = y.double()
+    for row, adapter in enumerate(TOKENS):
+        if adapter:
+            want[row] += b[SLOT_OF[adapter], 0].double() @ chosen[row].double()
+    wrapper.add_lora_embedding(y, chosen, b, add_input=True)
+    assert error(y, want) < 1e-6
+
+
+def test_full_linear():
+    wrapper, own = make_wrapper(), make_wrapper(PunicaWrapperCPU)
+    weight, bias = torch.randn(SLOTS, 1, 5, D_IN), torch.randn(SLOTS, 5)
+    enabled = torch.tensor([True, True, False, False])
+    x, y = torch.randn(len(PROMPTS), D_IN), torch.randn(len(PROMPTS), 5)
+    want = y.clone()
+    own.apply_lora_full_linear(want, x, weight, bias, enabled)
+    wrapper.apply_lora_full_linear(y, x, weight, bias, enabled)
+    assert error(y, want.double()) < 1e-6
+
+
+def test_the_manager_measures_what_it_activates():
+    wrapper = make_wrapper()
+    layer = make_layer(wrapper)
+
+    class Manager:
+        def __init__(self):
+            self.lora_index_to_id, self.modules, self.fails = [None] * SLOTS, {"qkv": layer}, False
+
+        def activate_adapter(self, lora_id):
+            if lora_id in self.lora_index_to_id:
+                return False
+            self.lora_index_to_id[1] = lora_id
+            if self.fails:
+                raise ValueError("half way")
+            return True
+
+    follow(Manager)
+    follow(Manager)
+    a = layer.lora_a_stacked[0]
+    manager = Manager()
+    assert wrapper.banks[a].ranks is None
+    assert manager.activate_adapter(3)
+    assert wrapper.banks[a].ranks.tolist() == [16, 16, 16, 16]
+    a[1, 0, 5:] = 0
+    assert not manager.activate_adapter(3)
+    assert wrapper.banks[a].ranks.tolist() == [16, 16, 16, 16]
+    manager.lora_index_to_id[1], manager.fails = None, True
+    with pytest.raises(ValueError, match="half way"):
+        manager.activate_adapter(3)
+    assert wrapper.banks[a].ranks.tolist() == [16, 5, 16, 16]
