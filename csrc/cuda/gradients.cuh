@@ -16,8 +16,6 @@ constexpr int kOuterColumns = 64;
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline __host__ __device__ int64_t pairs_of(const Routing& r) { return r.num_tokens * r.num_choices; }
-
 // Takes the coordinates of a block out of its number, the fastest first.
 struct Coordinates {
   int64_t rest;
@@ -38,19 +36,9 @@ __device__ __forceinline__ int pair_at(const Routing& r, int64_t position) {
   return static_cast<int>(max(int64_t{0}, min(int64_t{r.plan.order[position]}, pairs_of(r) - 1)));
 }
 
-__device__ __forceinline__ int token_of(const Routing& r, int pair) {
-  return static_cast<int>(static_cast<uint32_t>(pair) / static_cast<uint32_t>(r.num_choices));
-}
-
 template <typename T>
 __device__ __forceinline__ const T* row_of(const Weight& weight, int64_t slot, int64_t row) {
   return static_cast<const T*>(weight.data) + slot * weight.slot_stride + row * weight.row_stride;
-}
-
-__device__ __forceinline__ int64_t slice_column(const BackwardParams& p, int slice) {  // where it begins in dy
-  int64_t column = 0;
-  for (int before = 0; before < slice; ++before) column += p.B[before].rows;
-  return column;
 }
 
 // The factors of a pair in h or dh, and in a plane of dh.
@@ -106,9 +94,10 @@ __global__ void __launch_bounds__(kThreads, 2) back(const __grid_constant__ Back
 
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < kPairs)
-      shared.tokens[thread] = thread < tile.count ? token_of(r, pair_at(r, tile.first + thread)) : -1;
+      shared.tokens[thread] =
+          thread < tile.count ? static_cast<int>(split(r, pair_at(r, tile.first + thread)).token) : -1;
     __syncthreads();
-    const T* dy = static_cast<const T*>(p.dy) + slice_column(p, slice);
+    const T* dy = static_cast<const T*>(p.dy) + first_column_of(p.B, slice);
     typename Tiles::Left left;
     Transfer<T, kDepth, kRanks> right;
     const auto load = [&](int64_t depth) {
@@ -279,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int rank = rank_of(r, static_cast<int>(slot)), begin = start_of(r, slot);
     const int end = first_rank < rank ? start_of(r, slot + 1) : begin;
     float* factors = of_A ? p.dh : p.h;
-    const T* rows = of_A ? static_cast<const T*>(p.x) : static_cast<const T*>(p.dy) + slice_column(p, slice);
+    const T* rows = of_A ? static_cast<const T*>(p.x) : static_cast<const T*>(p.dy) + first_column_of(p.B, slice);
     const int64_t stride = of_A ? p.x_stride : p.dy_stride;
     if (begin >= end) {
       T* to = out + (of_A ? (slot * r.r_max + first_rank) * columns + first_column
@@ -295,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const auto row_after = [&](int64_t position) {
       if (position + thread >= end) return Row{-1, 0};
       const int pair = pair_at(r, position + thread);
-      return Row{pair, token_of(r, pair)};
+      return Row{pair, static_cast<int>(split(r, pair).token)};
     };
     const auto load = [&](const Row* of) {
       left.load([&](int row, int column) -> Span<float> {

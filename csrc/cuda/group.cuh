@@ -21,7 +21,7 @@ struct Groups {
 
 template <int N>
 inline Groups groups_of(const Routing& r) {
-  const int64_t pairs = r.num_tokens * r.num_choices, by_slot = pairs / N + r.num_slots + 1;
+  const int64_t pairs = pairs_of(r), by_slot = pairs / N + r.num_slots + 1;
   if (r.plan.order == nullptr || pairs <= by_slot) return {pairs, 1};
   return {by_slot, N};
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ unsigned low_bits(int count) {
 // Every load but those of the members' own pairs is begun before the first barrier: they wait for memory once.
 template <int N>
 __device__ Group find_in_indices(const Routing& r, int number, Members<N>& members) {
-  const int thread = threadIdx.x, pairs = static_cast<int>(r.num_tokens * r.num_choices);
+  const int thread = threadIdx.x, pairs = static_cast<int>(pairs_of(r));
   const int mine = thread < pairs ? slot_of(r, thread) : -1, slot = slot_of(r, number);
   const float gate = thread < pairs ? gate_of(r, thread) : 0.0f, scale = slot < 0 ? 0.0f : scale_of(r, slot);
   const int rank = rank_of(r, slot);
@@ -74,7 +74,7 @@ __device__ Group find_in_indices(const Routing& r, int number, Members<N>& membe
 
 template <int N>
 __device__ Group find_in_plan(const Routing& r, int64_t number, int step, Members<N>& members) {
-  const int64_t pairs = r.num_tokens * r.num_choices;
+  const int64_t pairs = pairs_of(r);
   auto first_number = [&](int64_t s) -> int64_t { return r.plan.starts[s] / step + (step > 1 ? s : 0); };
   int slot = -1;  // the last one whose first number is not past this one
   for (int64_t s = threadIdx.x; s - threadIdx.x <= r.num_slots; s += kThreads) {

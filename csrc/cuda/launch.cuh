@@ -39,7 +39,7 @@ struct Launcher {
   const Device& device;
   cudaStream_t stream;
 
-  int64_t pairs() const { return p.routing.num_tokens * p.routing.num_choices; }
+  int64_t pairs() const { return pairs_of(p.routing); }
 
   // Groups times slices that have something to do, at most.
   int64_t work(int tokens) const { return std::min(pairs(), pairs() / tokens + p.routing.num_slots) * p.num_slices; }

@@ -74,13 +74,6 @@ inline __host__ __device__ Layout layout_of(int64_t r_max, int64_t blocks) {
   return {stages, stages + received, stages + received + N * h_stride(r_max) * static_cast<int>(sizeof(float))};
 }
 
-// Where in y a slice begins.
-__device__ __forceinline__ int64_t first_column_of(const BgmvParams& p, int slice) {
-  int64_t column = 0;
-  for (int before = 0; before < slice; ++before) column += p.B[before].rows;
-  return column;
-}
-
 // One slice of h in global memory: one plane, or kParts planes whose sum it is.
 struct Planes {
   float* first;
@@ -105,7 +98,7 @@ struct Planes {
 };
 
 __device__ __forceinline__ Planes planes_of_slice(const BgmvParams& p, int slice) {
-  const int64_t pairs = p.routing.num_tokens * p.routing.num_choices, r_max = p.routing.r_max;
+  const int64_t pairs = pairs_of(p.routing), r_max = p.routing.r_max;
   return {p.h + slice * pairs * r_max, p.num_slices * pairs * r_max, r_max, p.num_planes};
 }
 
@@ -164,9 +157,9 @@ struct LoraBlock {
       b_stride = B.row_stride;
       b_aligned = in_chunks(static_cast<const T*>(B.data) + g.slot * B.slot_stride, B.row_stride);
       columns = p.y ? B.rows : 0;
-      y = static_cast<T*>(p.y) + first_column_of(p, slice);
+      y = static_cast<T*>(p.y) + first_column_of(p.B, slice);
       y_stride = p.y_stride;
-      y_aligned = in_chunks(static_cast<T*>(p.y) + first_column_of(p, slice), p.y_stride);
+      y_aligned = in_chunks(static_cast<T*>(p.y) + first_column_of(p.B, slice), p.y_stride);
     } else {
       const Layout layout = layout_of<T, N>(p.routing.r_max, count);
       received_at = layout.received;

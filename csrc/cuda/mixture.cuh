@@ -60,7 +60,7 @@ struct MixtureBlock {
         y_tile(stages + S::kStages * S::kStageBytes),
         keys(reinterpret_cast<int64_t*>(y_tile + N * Y::kRowBytes)),
         factors(reinterpret_cast<float*>(keys + N * choices)),
-        y(static_cast<T*>(p.y) + first_column_of(p, slice) + first_column) {}
+        y(static_cast<T*>(p.y) + first_column_of(p.B, slice) + first_column) {}
 
   __device__ int columns() const { return capped(p.B[slice].rows - first_column); }
   __device__ char* stage(int i) { return stages + i % S::kStages * S::kStageBytes; }

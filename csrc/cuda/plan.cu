@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int counts[kMaxKeys][kWarps + 1];  // of a key in a warp's part; then where the warp places the next one
   __shared__ int smaller[kWarps];               // pairs of smaller keys in a warp's part
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
-  const int64_t pairs = r.num_tokens * r.num_choices;
+  const int64_t pairs = pairs_of(r);
   const int64_t part = (pairs + kWarps - 1) / kWarps, begin = min(warp * part, pairs), end = min(begin + part, pairs);
   for (int64_t first = blockIdx.x * keys_per_block; first <= r.num_slots; first += gridDim.x * keys_per_block) {
     const int keys = static_cast<int>(min(keys_per_block, r.num_slots + 1 - first));

@@ -37,13 +37,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "r"(shared_address(row)));
 }
 
-// The same of the transposed matrices: lane 4 g + t gets the elements g of rows 2 t and 2 t + 1.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row)));
-}
-
 // c (16 x 8) += a (16 x 16) b (16 x 8). Lane 4 g + t holds c[g][2 t], c[g][2 t + 1], c[g + 8][2 t], c[g + 8][2 t + 1];
 // in a the pairs a[g][2 t ..], a[g + 8][2 t ..], a[g][2 t + 8 ..], a[g + 8][2 t + 8 ..]; in b the pairs b[2 t ..][g]
 // and b[2 t + 8 ..][g], the smaller index in the lower half.
@@ -87,21 +80,6 @@ __device__ __forceinline__ void multiply_tf32(float (&c)[4], const uint32_t (&a)
 }
 
 // A cluster is a group of blocks whose shared memory each can write. Before sm_90 every block is a cluster of its own.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t size = 1;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
 
 // All threads of all blocks of the cluster meet; what they wrote to any shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {

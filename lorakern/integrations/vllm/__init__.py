@@ -7,7 +7,7 @@ import os
 
 WRAPPER = "lorakern.integrations.vllm.wrapper.PunicaWrapper"
 
-# "tested": tests/vllm ran with it. "compared": its LoRA layers and manager were read beside those of a tested one.
+# "tested": make test-vllm ran with it. "compared": its LoRA layers and manager were read beside those of a tested one.
 VERSIONS = {"0.29": "compared", "0.30": "compared", "0.31": "compared", "0.32": "tested", "0.33": "compared"}
 
 

@@ -73,7 +73,6 @@ struct MatrixLoad {
   uint32_t* out;
 };
 
-template <bool kTransposed>
 static void combine_loads(void* const (&lanes)[kLanes], uint32_t) {
   uint16_t rows[kLanes][8];
   for (int i = 0; i < kLanes; ++i) memcpy(rows[i], static_cast<const MatrixLoad*>(lanes[i])->row, sizeof rows[i]);
@@ -81,19 +80,18 @@ static void combine_loads(void* const (&lanes)[kLanes], uint32_t) {
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
       const uint16_t (*matrix)[8] = rows + 8 * i;
-      const uint32_t low = kTransposed ? matrix[2 * t][g] : matrix[g][2 * t];
-      const uint32_t high = kTransposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
+      const uint32_t low = matrix[g][2 * t], high = matrix[g][2 * t + 1];
       static_cast<const MatrixLoad*>(lanes[lane])->out[i] = low | high << 16;
     }
   }
 }
 
-void load_matrices(Site site, uint32_t (&out)[4], const void* row, bool transposed) {
-  const char* what = transposed ? "load_matrices_transposed" : "load_matrices";
+void load_matrices(Site site, uint32_t (&out)[4], const void* row) {
+  const char* what = "load_matrices";
   check_shared(what, site, row, 16);
   races::reads(row, 16);
   MatrixLoad load = {row, out};
-  meet_warp(what, site, 0xffffffff, true, &load, transposed ? combine_loads<true> : combine_loads<false>);
+  meet_warp(what, site, 0xffffffff, true, &load, combine_loads);
 }
 
 // ---- mma

@@ -186,7 +186,7 @@ __global__ void null_pointer(float* out, const float*, bool wrong) {
 __global__ void store_before_start(float* out, const float*, bool wrong) {
   __shared__ float value;
   if (!wrong) cluster_sync();
-  store_shared_of(1 - cluster_rank(), &value, 0.0f);
+  store_shared_of(1 - emulator::cluster_rank(), &value, 0.0f);
   cluster_sync();
   out[threadIdx.x] = threadIdx.x + value;
 }
@@ -195,7 +195,7 @@ __global__ void store_after_exit(float* out, const float*, bool wrong) {
   __shared__ float value;
   out[threadIdx.x] = threadIdx.x;
   cluster_sync();
-  if (threadIdx.x == 0) store_shared_of(1 - cluster_rank(), &value, 0.0f);
+  if (threadIdx.x == 0) store_shared_of(1 - emulator::cluster_rank(), &value, 0.0f);
   if (!wrong) cluster_sync();
 }
 
@@ -203,7 +203,7 @@ __global__ void missing_cluster_barrier(float* out, const float*, bool wrong) {
   __shared__ float value;
   out[threadIdx.x] = threadIdx.x;
   cluster_sync();
-  if (threadIdx.x == 0) store_shared_of(1 - cluster_rank(), &value, 0.0f);
+  if (threadIdx.x == 0) store_shared_of(1 - emulator::cluster_rank(), &value, 0.0f);
   __syncthreads();
   if (!wrong) cluster_sync();
   if (value != 0.0f) out[threadIdx.x] = -1.0f;

@@ -10,7 +10,7 @@ namespace {
 constexpr unsigned kAll = 0xffffffff;
 
 // in: 32 rows of 8; out (32 lanes, 4)
-__global__ void load(const uint16_t* in, uint32_t* out, bool transposed) {
+__global__ void load(const uint16_t* in, uint32_t* out) {
   const int lane = threadIdx.x;
   auto* rows = reinterpret_cast<uint16_t*>(dynamic_shared());
   copy_async(rows + 8 * lane, in + 8 * lane, 16);
@@ -18,11 +18,7 @@ __global__ void load(const uint16_t* in, uint32_t* out, bool transposed) {
   wait_copies<0>();
   __syncwarp();
   uint32_t fragment[4];
-  if (transposed) {
-    load_matrices_transposed(fragment, rows + 8 * lane);
-  } else {
-    load_matrices(fragment, rows + 8 * lane);
-  }
+  load_matrices(fragment, rows + 8 * lane);
   for (int i = 0; i < 4; ++i) out[4 * lane + i] = fragment[i];
 }
 
@@ -87,7 +83,7 @@ __global__ void exchange(float* out) {
   __shared__ float received[8];
   __shared__ float4 vectors[8];
   auto* dynamic = reinterpret_cast<float4*>(dynamic_shared());
-  const unsigned mine = cluster_rank(), size = cluster_size();
+  const unsigned mine = emulator::cluster_rank(), size = emulator::cluster_size();
   const float value = blockIdx.x + 1.0f;
   cluster_sync();
   if (threadIdx.x < size) {
@@ -122,8 +118,8 @@ __global__ void barriers(int rounds) {
 
 }  // namespace
 
-LORAKERN_EXPORT const char* load_matrices(const uint16_t* in, uint32_t* out, bool transposed) {
-  return launch(load, 1, 32, 512, 0, in, out, transposed);
+LORAKERN_EXPORT const char* load_matrices(const uint16_t* in, uint32_t* out) {
+  return launch(load, 1, 32, 512, 0, in, out);
 }
 
 LORAKERN_EXPORT const char* multiply_half(const __half* a, const __half* b, float* c) {

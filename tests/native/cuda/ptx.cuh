@@ -8,7 +8,7 @@
 #include "emulator.h"
 
 namespace emulator {
-void load_matrices(Site site, uint32_t (&out)[4], const void* row, bool transposed);
+void load_matrices(Site site, uint32_t (&out)[4], const void* row);
 enum class Factor { kHalf, kBFloat16, kTf32 };
 void multiply(Site site, Factor factor, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 uint32_t round_tf32(float value);
@@ -31,11 +31,7 @@ void wait_copies() {
 }
 
 inline void load_matrices(uint32_t (&out)[4], const void* row, Site site = Site::here()) {
-  emulator::load_matrices(site, out, row, false);
-}
-
-inline void load_matrices_transposed(uint32_t (&out)[4], const void* row, Site site = Site::here()) {
-  emulator::load_matrices(site, out, row, true);
+  emulator::load_matrices(site, out, row);
 }
 
 template <typename T>
@@ -50,10 +46,6 @@ inline uint32_t round_tf32(float value) { return emulator::round_tf32(value); }
 inline void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Site site = Site::here()) {
   emulator::multiply(site, emulator::Factor::kTf32, c, a, b0, b1);
 }
-
-inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
-
-inline uint32_t cluster_size() { return emulator::cluster_size(); }
 
 inline void cluster_sync(Site site = Site::here()) { emulator::meet_cluster(site); }
 
