@@ -1,55 +1,11 @@
 """A real engine with SmolLM2 and the shipped skills: lorakern's answers are those of vLLM's own LoRA path."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from engines import SKILLS, generate
 
-from lorakern.integrations import smollm2
-
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
-SKILLS = REPOSITORY / "benchmarks/skills/adapters"
-ADAPTERS = (
-    "iso_date",
-    "reverse_words",
-    "initials",
-)  # all layers at rank 4, attention at 8, ranks 4 and 32 side by side
+# All layers at rank 4, attention at 8, ranks 4 and 32 side by side.
+ADAPTERS = ("iso_date", "reverse_words", "initials")
 TOKENS = 6
-
-
-@pytest.fixture(scope="session")
-def model():
-    """SmolLM2 as a directory of Hugging Face files, kept in build/."""
-    folder = REPOSITORY / "build/smollm2"
-    if not (folder / "tokenizer.json").is_file():
-        weights, tokenizer = smollm2.load()
-        weights.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def prompts():
-    """By skill, as the model reads them."""
-    asked = json.loads((SKILLS / "prompts.json").read_text())
-    return {skill: [item["prompt"] for item in items] for skill, items in asked.items()}
-
-
-def generate(folder, requests, lorakern, **engine):
-    """The tokens of every request and the ranks of the slots, and what the engine logged."""
-    job = folder / "job.json"
-    job.write_text(json.dumps({"engine": engine, "requests": requests}))
-    environment = os.environ | {"LORAKERN_VLLM": "" if lorakern else "0"}
-    done = subprocess.run(
-        [sys.executable, HERE / "generate.py", job], capture_output=True, text=True, env=environment, check=False
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-4000:]
-    return json.loads(done.stdout.splitlines()[-1]), log
 
 
 @pytest.fixture(scope="session")
