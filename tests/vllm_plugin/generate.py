@@ -9,8 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -18,9 +16,9 @@ def ranks_of_slots(model):
     """By layer and adapter, the rank of A in every slice; empty with vLLM's own wrapper."""
     manager, ranks = model.lora_manager, {}
     for name, layer in manager.modules.items():
-        banks = getattr(layer.punica_wrapper, "banks", None)
-        if banks is not None and isinstance(layer.lora_a_stacked, tuple):
-            measured = torch.stack([banks[a].ranks for a in layer.lora_a_stacked]).T.tolist()
+        factors = getattr(layer.punica_wrapper, "factors", None)
+        if factors is not None and factors.A:
+            measured = factors.ranks.T.tolist()
             ranks[name] = {str(i): r for i, r in zip(manager.lora_index_to_id, measured, strict=True) if i}
     return ranks
 

@@ -7,7 +7,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from lorakern.integrations.vllm.ranks import follow
+from lorakern.integrations.vllm.layers import follow
 from lorakern.integrations.vllm.wrapper import PunicaWrapper
 
 SLOTS, R_MAX, D_IN = 4, 16, 48

@@ -3,6 +3,7 @@
 vLLM runs `register` in each of its processes; nothing of vLLM is imported before.
 """
 
+import functools
 import os
 
 WRAPPER = "lorakern.integrations.vllm.wrapper.PunicaWrapper"
@@ -42,6 +43,33 @@ def register() -> None:
     setting = os.environ.get("LORAKERN_VLLM", "")
     reason = reason_to_stay_out(setting, vllm.__version__, current_platform.device_type)
     if reason is None:
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: WRAPPER)
+        _take_over(type(current_platform))
     elif setting != "0":
         init_logger("vllm.lorakern").warning("lorakern: vLLM keeps its own LoRA kernels: %s.", reason)
+
+
+def own_wrapper() -> str:
+    """The name of the class that vLLM's platform would use without us."""
+    from vllm.platforms import current_platform
+
+    return type(current_platform).get_punica_wrapper.__wrapped__(type(current_platform))
+
+
+def _take_over(platform: type) -> None:
+    if platform.get_punica_wrapper() == WRAPPER:
+        return
+    get = platform.get_punica_wrapper.__func__
+    platform.get_punica_wrapper = classmethod(functools.wraps(get)(lambda cls: WRAPPER))
+    check = platform.check_and_update_config.__func__
+
+    @functools.wraps(check)
+    def check_and_update_config(cls, vllm_config):
+        config = vllm_config.compilation_config
+        wanted = config.mode
+        check(cls, vllm_config)
+        # The CPU platform compiles a model unless it has LoRA layers, since its own cannot be traced; ours can.
+        modes = type(config.mode)
+        if cls.device_type == "cpu" and wanted == modes.VLLM_COMPILE and config.mode == modes.NONE:
+            config.mode = modes.DYNAMO_TRACE_ONCE
+
+    platform.check_and_update_config = classmethod(check_and_update_config)

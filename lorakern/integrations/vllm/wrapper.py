@@ -1,12 +1,18 @@
-"""What vLLM's LoRA layers call for their low-rank products, on lorakern's ops. vLLM imports it when LoRA is enabled."""
+"""The low-rank products of vLLM's LoRA layers on lorakern's ops. vLLM imports it when LoRA is enabled."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 from vllm.logger import init_logger
+from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from lorakern.integrations.vllm.ranks import Banks, follow
+from lorakern.errors import LorakernError
+from lorakern.integrations import vllm as plugin
+from lorakern.integrations.vllm.factors import Factors
+from lorakern.integrations.vllm.layers import follow
 from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, shrink
 
 logger = init_logger("vllm.lorakern")
@@ -19,6 +25,13 @@ class Route(NamedTuple):
     plan: Plan
 
 
+def _factors(lora_a, lora_b) -> Factors:
+    """Of a call that no LayerWrapper makes: a trace would keep the routes of one step for all."""
+    if torch.compiler.is_compiling():
+        raise LorakernError("a LoRA layer without a LayerWrapper cannot be compiled: start vLLM with --enforce-eager")
+    return Factors(lora_a, lora_b)
+
+
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dim() == 2 else tensor.view(-1, tensor.shape[-1])
 
@@ -27,17 +40,18 @@ class PunicaWrapper(PunicaWrapperBase):
     """Adds the update of each row's own adapter to the output of a layer; rows without one keep their bits.
 
     A and B are what vLLM allocates: (slots, 1, r_max, d_in) and (slots, 1, d_out, r_max). Keywords that an op does not
-    know are ignored, as vLLM's own wrappers do (some layers pass a misspelt ``add_input=True``).
+    know are ignored, as vLLM's own wrappers do (some layers pass a misspelt ``add_input=True``). Called directly, the
+    methods take all ranks of all slots; layers that an adapter was activated in come through their LayerWrapper.
 
-    Mixture-of-experts calls are those of the base class, which vLLM's own CPU class does not implement either.
+    Mixture-of-experts calls go to vLLM's own wrapper for the device.
     """
 
     def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs) -> None:
-        from vllm.lora.model_manager import LoRAModelManager
-
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         follow(LoRAModelManager)
-        self.banks = Banks()
+        self._make_own = functools.partial(_own_wrapper, max_num_batched_tokens, max_batches, device, **kwargs)
+        self._own: PunicaWrapperBase | None = None
+        self._metadata: tuple | None = None
         self._routes: dict[tuple[bool, int, int], Route] = {}
         self._idle = True
         logger.info("lorakern serves the LoRA layers on %s; LORAKERN_VLLM=0 turns it off.", device)
@@ -52,6 +66,9 @@ class PunicaWrapper(PunicaWrapperBase):
         # A captured graph replays for steps with adapters too: only the CPU skips those without.
         used = any(mapping.index_mapping) or any(mapping.prompt_mapping)
         self._idle = not used and self._token_lora_indices.device.type == "cpu"
+        self._metadata = mapping, lora_index_to_id, max_loras, vocab_size
+        if self._own is not None:
+            self._own.update_metadata(*self._metadata, **kwargs)
 
     def _route(self, rows: int, slots: int, sampled: bool = False) -> Route:
         """Of the tokens of this step, or of the rows whose logits are sampled."""
@@ -62,82 +79,106 @@ class PunicaWrapper(PunicaWrapperBase):
             route = self._routes[key] = Route(indices, plan(indices, slots))
         return route
 
-    def _add_update(self, y, x, lora_a, lora_b, scale, offset, add_inputs, sampled=False) -> None:
-        A, B = self.banks[lora_a], self.banks[lora_b].weights
-        weights, ranks = A.weights, A.ranks
-        indices, grouped = self._route(x.shape[0], len(weights), sampled)
-        columns = y.shape[1] - offset
-        if B.shape[1] > columns:  # the vocabulary of the adapters may be padded further than that of the model
-            B = B[:, :columns]
-        scale = None if scale == 1 else float(scale)
-        if x.dtype == y.dtype == weights.dtype:
-            bgmv(y, x, weights, B, indices, scale=scale, ranks=ranks, plan=grouped, y_offset=offset,
-                 accumulate=add_inputs)  # fmt: skip
-        else:
-            delta = lora_delta(x.to(weights.dtype), weights, B, indices, scale=scale, ranks=ranks, plan=grouped)
-            _merge(y, delta, indices, offset, add_inputs)
+    def add_update(self, y, x, factors: Factors, scale: float, add_inputs: bool, sampled: bool) -> None:
+        """``y[t, slice] += scale * B_slice @ (A_slice @ x[t])``; sampled: the rows are those that get logits."""
+        if self._idle:
+            return
+        y, x = _rows(y), _rows(x)
+        indices, grouped = self._route(x.shape[0], factors.num_slots, sampled)
+        scale = None if scale == 1 else scale
+        for A, B, ranks, column in factors.groups:
+            if sampled and B[0].shape[1] > y.shape[1]:  # the vocabulary of adapters may be padded further
+                B = [B[0][:, : y.shape[1]]]
+            if x.dtype == y.dtype == B[0].dtype:
+                bgmv(y, x, A, B, indices, scale=scale, ranks=ranks, plan=grouped, y_offset=column,
+                     accumulate=add_inputs)  # fmt: skip
+            else:
+                delta = lora_delta(x.to(B[0].dtype), A, B, indices, scale=scale, ranks=ranks, plan=grouped)
+                _merge(y, delta, indices, column, add_inputs)
 
-    def _add_expanded(self, y, h, lora_b, offset, add_inputs) -> None:
-        B = self.banks[lora_b]
-        indices, grouped = self._route(y.shape[0], len(B.weights))
-        h = h.to(torch.float32).contiguous().view(1, len(h), 1, -1)
-        same_dtype = y.dtype == B.weights.dtype
-        target = y if same_dtype else B.weights.new_zeros(len(y), B.weights.shape[1])
-        expand(target, h, B.weights, indices, ranks=B.ranks, plan=grouped, y_offset=offset if same_dtype else 0,
-               accumulate=add_inputs or not same_dtype)  # fmt: skip
-        if not same_dtype:
-            _merge(y, target, indices, offset, add_inputs)
+    def shrink_to(self, h, x, factors: Factors, scale: float) -> None:
+        """``h[slice][t] = scale * A_slice @ x[t]``, zero for rows without an adapter."""
+        x = _rows(x)
+        indices, grouped = self._route(x.shape[0], factors.num_slots)
+        for i, A in enumerate(factors.A):
+            ranks = None if factors.ranks_a is None else factors.ranks_a[i]
+            shrunk = shrink(x.to(A.dtype), A, indices, ranks=ranks, plan=grouped)
+            torch.mul(shrunk[0, :, 0], scale, out=_rows(h[i]))
+
+    def add_expanded(self, y, h, factors: Factors, offset: int, add_inputs: bool) -> None:
+        """``y[t, slice] += B_slice @ h[slice][t]``, the slices side by side from column ``offset`` on."""
+        if self._idle:
+            return
+        y = _rows(y)
+        indices, grouped = self._route(y.shape[0], factors.num_slots)
+        for i, B in enumerate(factors.B):
+            ranks = None if factors.ranks_b is None else factors.ranks_b[i]
+            of_slice = _rows(h[i] if len(factors.B) > 1 or h.dim() == 3 else h).to(torch.float32).contiguous()
+            of_slice = of_slice.view(1, len(of_slice), 1, -1)
+            if y.dtype == B.dtype:
+                expand(y, of_slice, B, indices, ranks=ranks, plan=grouped, y_offset=offset, accumulate=add_inputs)
+            else:
+                delta = B.new_zeros(len(y), B.shape[1])
+                expand(delta, of_slice, B, indices, ranks=ranks, plan=grouped)
+                _merge(y, delta, indices, offset, add_inputs)
+            offset += B.shape[1]
 
     def add_lora_linear(
         self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, *, buffer=None, add_inputs=True, **kwargs
     ) -> None:
-        """``y[t, slice] += scale * B_slice @ (A_slice @ x[t])``: every slice with its own ranks."""
-        if self._idle:
-            return
-        y, x = _rows(y), _rows(x)
-        offset = 0
-        for lora_a, lora_b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            self._add_update(y, x, lora_a, lora_b, scale, offset, add_inputs)
-            offset += width
+        self.add_update(y, x, _factors(lora_a_stacked, lora_b_stacked), float(scale), add_inputs, False)
 
     def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, *, buffer=None, **kwargs) -> None:
-        """The same for one slice and the rows that are sampled."""
-        if not self._idle:
-            self._add_update(_rows(y), _rows(x), lora_a_stacked, lora_b_stacked, scale, 0, True, sampled=True)
+        self.add_update(y, x, _factors((lora_a_stacked,), (lora_b_stacked,)), float(scale), True, True)
 
     def add_shrink(self, y, x, lora_a_stacked, scale, **kwargs) -> None:
-        """``y[slice][t] = scale * A_slice @ x[t]``, zero for rows without an adapter."""
-        x = _rows(x)
-        for h, lora_a in zip(y, lora_a_stacked, strict=True):
-            A = self.banks[lora_a]
-            indices, grouped = self._route(x.shape[0], len(A.weights))
-            shrunk = shrink(x.to(A.weights.dtype), A.weights, indices, ranks=A.ranks, plan=grouped)
-            torch.mul(shrunk[0, :, 0], scale, out=_rows(h))
+        self.shrink_to(y, x, _factors(lora_a_stacked, lora_a_stacked), float(scale))
 
     def add_expand(
         self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, **kwargs
     ) -> None:  # fmt: skip
-        """``y[t, slice] += B_slice @ x[slice][t]``, the slices side by side from column ``offset_start`` on."""
-        if self._idle:
-            return
-        y = _rows(y)
-        for h, lora_b, width in zip(x, lora_b_stacked, output_slices, strict=True):
-            self._add_expanded(y, _rows(h), lora_b, offset_start, add_inputs)
-            offset_start += width
+        self.add_expanded(y, x, _factors((), lora_b_stacked), offset_start, add_inputs)
 
     def add_lora_embedding(self, y, x, lora_b_stacked, add_inputs=True, **kwargs) -> None:
         """``y[t] += B @ x[t]``, where x holds the columns of A that the tokens chose."""
-        if not self._idle:
-            self._add_expanded(_rows(y), _rows(x), lora_b_stacked, 0, add_inputs)
+        self.add_expanded(y, x, _factors((), (lora_b_stacked,)), 0, add_inputs)
 
     def apply_lora_full_linear(self, y, x, weight_stacked, bias_stacked, module_enabled) -> None:
         """``y[t] = W[i] @ x[t] + bias[i]`` for the sampled rows whose slot i has a whole layer of its own."""
-        weights = self.banks[weight_stacked].weights
+        weights = weight_stacked.squeeze(1) if weight_stacked.dim() == 4 else weight_stacked
         indices, grouped = self._route(x.shape[0], len(weights), sampled=True)
         full = shrink(x, weights, indices, plan=grouped)[0, :, 0].to(y.dtype)
         slot = indices.clamp_min(0)
         served = (indices >= 0) & module_enabled[slot]
         y.copy_(torch.where(served[:, None], full + bias_stacked[slot].to(y.dtype), y))
+
+    def vllms_own(self) -> PunicaWrapperBase:
+        """vLLM's wrapper for the device: made when experts first ask for it, and kept in step from then on."""
+        if self._own is None:
+            self._own = self._make_own()
+            if self._metadata is not None:
+                self._own.update_metadata(*self._metadata)
+        return self._own
+
+    @property
+    def token_mapping_meta(self):
+        return self.vllms_own().token_mapping_meta
+
+    def moe_lora_align_block_size(self, *args, **kwargs):
+        return self.vllms_own().moe_lora_align_block_size(*args, **kwargs)
+
+    def add_lora_fused_moe(self, *args, **kwargs):
+        return self.vllms_own().add_lora_fused_moe(*args, **kwargs)
+
+    def add_lora_w13(self, *args, **kwargs):
+        return self.vllms_own().add_lora_w13(*args, **kwargs)
+
+    def add_lora_w2(self, *args, **kwargs):
+        return self.vllms_own().add_lora_w2(*args, **kwargs)
+
+
+def _own_wrapper(*args, **kwargs) -> PunicaWrapperBase:
+    return resolve_obj_by_qualname(plugin.own_wrapper())(*args, **kwargs)
 
 
 def _merge(y: torch.Tensor, delta: torch.Tensor, indices: torch.Tensor, offset: int, add: bool) -> None:
