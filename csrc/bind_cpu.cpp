@@ -69,8 +69,9 @@ void shrink(uintptr_t h, const MatrixTuple& x, const std::vector<WeightTuple>& A
 }
 
 void expand(const MatrixTuple& y, uintptr_t h, const std::vector<WeightTuple>& B, const SizeTuple& sizes,
-            const IndexTuple& indices, const RoutingTuple& routing, bool accumulate, int threads) {
+            const IndexTuple& indices, const RoutingTuple& routing, bool accumulate, bool packed, int threads) {
   LoraParams p = params_of(sizes, {}, B, routing);
+  p.packed = packed;
   p.h = pointer<float>(h);
   p.y = pointer<void>(std::get<0>(y));
   p.y_stride = std::get<1>(y);
@@ -81,8 +82,9 @@ void expand(const MatrixTuple& y, uintptr_t h, const std::vector<WeightTuple>& B
 
 void bgmv(const MatrixTuple& y, const MatrixTuple& x, const std::vector<WeightTuple>& A,
           const std::vector<WeightTuple>& B, const SizeTuple& sizes, const IndexTuple& indices,
-          const RoutingTuple& routing, bool accumulate, int threads) {
+          const RoutingTuple& routing, bool accumulate, bool packed, int threads) {
   LoraParams p = params_of(sizes, A, B, routing);
+  p.packed = packed;
   p.x = pointer<const void>(std::get<0>(x));
   p.x_stride = std::get<1>(x);
   p.y = pointer<void>(std::get<0>(y));

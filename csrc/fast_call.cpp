@@ -113,6 +113,14 @@ class Call {
     return true;
   }
 
+  // B as (d_out, rank) matrices, each at the beginning of its slot. Comes after B and the ranks.
+  bool packed(PyObject* object) {
+    params.packed = object == Py_True;
+    for (int s = 0; params.packed && s < params.num_slices; ++s)
+      if (!params.ranks || (params.B[s].rows > 1 && params.B[s].row_stride != params.r_max)) return false;
+    return PyBool_Check(object);
+  }
+
   bool read_indices(PyObject* object) {
     dlpack::Tensor t;
     if (!integers(object, &t) || t.ndim < 1 || t.ndim > 2 || t.shape[0] != params.num_tokens) return false;
@@ -347,12 +355,13 @@ PyObject* run_on_y(Call& call, void (*op)(LoraParams, const cpu::Indices&, int),
 }
 
 PyObject* bgmv(Call& call, PyObject* y, PyObject* x, PyObject* A, PyObject* B, PyObject* indices, PyObject* scale,
-               PyObject* ranks, PyObject* gates, PyObject* plan, PyObject* y_offset, PyObject* accumulate) {
+               PyObject* ranks, PyObject* gates, PyObject* plan, PyObject* y_offset, PyObject* accumulate,
+               PyObject* packed) {
   LoraParams& p = call.params;
   int64_t room;
   const bool taken = read_y(call, y, &room) && read_x(call, x) && call.weights(A, 1, p.A) && call.weights(B, 2, p.B) &&
                      call.read_indices(indices) && call.scale(scale) && call.ranks(ranks) && call.gates(gates) &&
-                     call.plan(plan) && call.target(y_offset, accumulate, room);
+                     call.plan(plan) && call.target(y_offset, accumulate, room) && call.packed(packed);
   return taken ? run_on_y(call, cpu::bgmv, y) : nullptr;
 }
 
@@ -392,11 +401,11 @@ PyObject* shrink(Call& call, PyObject* x, PyObject* A, PyObject* indices, PyObje
 }
 
 PyObject* expand(Call& call, PyObject* y, PyObject* h, PyObject* B, PyObject* indices, PyObject* scale, PyObject* ranks,
-                 PyObject* gates, PyObject* plan, PyObject* y_offset, PyObject* accumulate) {
+                 PyObject* gates, PyObject* plan, PyObject* y_offset, PyObject* accumulate, PyObject* packed) {
   int64_t room;
   const bool taken = read_y(call, y, &room) && call.weights(B, 2, call.params.B) && call.read_indices(indices) &&
                      call.scale(scale) && call.ranks(ranks) && call.gates(gates) && call.plan(plan) &&
-                     call.products(h) && call.target(y_offset, accumulate, room);
+                     call.products(h) && call.target(y_offset, accumulate, room) && call.packed(packed);
   return taken ? run_on_y(call, cpu::expand, y) : nullptr;
 }
 

@@ -4,8 +4,9 @@
 //            token t. slice: one of several projections that share x and fill y side by side (q, k, v). rank: the true
 //            rank of a slot; r_max: the rank the weights are allocated for; what lies beyond the rank is never read.
 // Shapes     A (slots, r_max, d_in) and B (slots, d_out, r_max) per slice, innermost stride 1, other strides free
-//            (0 included). x (T, d_in) and y (T, ...) with innermost stride 1. h (slices, T * K, r_max) contiguous.
-//            Strides and sizes count elements, not bytes, and are 64-bit.
+//            (0 included); packed, B's rows of slot i lie at ranks[i] from each other instead. x (T, d_in) and y (T,
+//            ...) with innermost stride 1. h (slices, T * K, r_max) contiguous. Strides and sizes count elements, not
+//            bytes, and are 64-bit.
 // Plan       order (T * K): pair ids sorted stably by slot, pairs without an adapter last. starts (slots + 1): the
 //            pairs of slot i are order[starts[i]] .. order[starts[i + 1] - 1].
 // Numbers    16-bit or 32-bit floats in and out, every sum in float32 in an order that depends on nothing but the
@@ -49,6 +50,7 @@ struct LoraParams {
   const float* gates;    // (T, K) contiguous or null for 1
   Plan plan;
   bool accumulate;  // y += or y =, for tokens that have an adapter
+  bool packed;      // B is
 };
 
 struct LoraGradParams {  // gradients of y = delta(x): any output may be null

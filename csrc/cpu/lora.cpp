@@ -72,7 +72,8 @@ bool can_fuse(const LoraParams& p, std::vector<Pairs>& groups, int threads) {
 // The beginning of a slot's B, on its way from memory while A is read.
 void prefetch(const LoraParams& p, const Weight& weight, int64_t slot) {
   constexpr int64_t kBytes = 2048, kLine = 64;
-  const int64_t size = element_size(p.dtype), held = ((weight.rows - 1) * weight.row_stride + p.r_max) * size;
+  const int64_t rank = rank_of(p, slot), stride = p.packed ? rank : weight.row_stride;
+  const int64_t size = element_size(p.dtype), held = ((weight.rows - 1) * stride + rank) * size;
   const char* begin = static_cast<const char*>(weight.data) + slot * weight.slot_stride * size;
   for (int64_t at = 0; at < std::min(kBytes, held); at += kLine) __builtin_prefetch(begin + at);
 }

@@ -173,7 +173,8 @@ void expand_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin,
   using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const Weight& weight = job.weights[w];
-  const int64_t rank = rank_of(p, pairs.slot), cells = cells_of<T>(rank), stride = weight.row_stride;
+  const int64_t rank = rank_of(p, pairs.slot), cells = cells_of<T>(rank);
+  const int64_t stride = p.packed && job.by_columns ? rank : weight.row_stride;
   const T* rows =
       static_cast<const T*>(weight.data) + pairs.slot * weight.slot_stride + begin * (job.by_columns ? stride : 1);
   Cell* left_cells = reinterpret_cast<Cell*>(scratch);

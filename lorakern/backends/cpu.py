@@ -92,18 +92,18 @@ def shrink(h, x, A, indices, ranks, order, starts):
     _call(_cpu.shrink, h.data_ptr(), (x.data_ptr(), x.stride(0)), _weights(A), sizes, _indices(indices), routing)
 
 
-def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     r_max = B[0].shape[2]
     routing, _kept = _routing(scale, ranks, gates, order, starts, r_max)
     sizes, weights = _sizes(y.dtype, indices, B[0], r_max, 0), _weights(B)
 
     def run(target):
-        _call(_cpu.expand, target, h.data_ptr(), weights, sizes, _indices(indices), routing, accumulate)
+        _call(_cpu.expand, target, h.data_ptr(), weights, sizes, _indices(indices), routing, accumulate, packed)
 
     _write(y, sum(w[3] for w in weights), y_offset, run)
 
 
-def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     x = _rows(x)
     _, r_max, d_in = A[0].shape
     routing, _kept = _routing(scale, ranks, gates, order, starts, r_max)
@@ -111,7 +111,7 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
     source = x.data_ptr(), x.stride(0)
 
     def run(target):
-        _call(_cpu.bgmv, target, source, _weights(A), weights, sizes, _indices(indices), routing, accumulate)
+        _call(_cpu.bgmv, target, source, _weights(A), weights, sizes, _indices(indices), routing, accumulate, packed)
 
     _write(y, sum(w[3] for w in weights), y_offset, run)
 

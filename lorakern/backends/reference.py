@@ -74,19 +74,31 @@ def _expand(h, B, indices, scale, ranks, gates):
     return delta
 
 
+def unpacked(B, ranks):
+    """B (slots, d_out, r_max), zero beyond each rank, from slots that begin with a (d_out, rank) matrix."""
+
+    def unpack(b):
+        parts = (b[slot].flatten()[: b.shape[1] * r].view(b.shape[1], r) for slot, r in enumerate(ranks.tolist()))
+        return torch.stack([torch.nn.functional.pad(part, (0, b.shape[2] - part.shape[1])) for part in parts])
+
+    return [unpack(b) for b in B]
+
+
 def shrink(h, x, A, indices, ranks, order, starts):
     """h[s, t, k, :r] = A[s][i, :r] @ x[t] with i = indices[t, k]; zero beyond the rank and without an adapter."""
     h.copy_(_shrink(x, A, indices, ranks))
 
 
-def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+def expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     """y[t] (+)= sum_k gates[t, k] * scale[i] * B[i, :, :r] @ h[t, k, :r], slices side by side from y_offset."""
+    B = unpacked(B, ranks) if packed else B
     delta = _expand(h, B, indices, scale, ranks, gates)
     _write(y, delta, indices, B[0].shape[0], ranks, y_offset, accumulate)
 
 
-def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     """expand(y, shrink(x)), with h kept in float64."""
+    B = unpacked(B, ranks) if packed else B
     delta = _expand(_shrink(x, A, indices, ranks), B, indices, scale, ranks, gates)
     _write(y, delta, indices, A[0].shape[0], ranks, y_offset, accumulate)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from lorakern.backends import FORCED
 from lorakern.errors import LorakernError
 from lorakern.ops._library import DEBUG
 
@@ -46,6 +47,17 @@ def check_weights(op, name, slices, dtype, device, slots, r_max, rank_dim, dims)
             fail(op, label, takes, describe(weight))
         if weight.shape[2] > 1 and weight.stride(2) != 1:
             fail(op, label, "be contiguous in its last dimension (use .contiguous())", f"strides {weight.stride()}")
+
+
+def check_packed(op, B, ranks):
+    """`packed` is understood by the CPU kernels and the reference, of whole slots whose ranks are known."""
+    if B[0].device.type != "cpu" and FORCED.get() != "reference":
+        fail(op, "packed", f"be False on {B[0].device.type}: only the CPU kernels read packed weights", "True")
+    if ranks is None:
+        fail(op, "ranks", "be given where B is packed", "None")
+    for b in B:
+        if b.shape[1] > 1 and b.stride(1) != b.shape[2]:
+            fail(op, "B", "have contiguous slots where it is packed", f"strides {b.stride()} for {tuple(b.shape)}")
 
 
 def accumulation_dtype(dtype):

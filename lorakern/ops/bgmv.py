@@ -3,6 +3,7 @@
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from lorakern.backends.reference import unpacked
 from lorakern.ops import _checks as check
 from lorakern.ops._fast import fast
 from lorakern.ops._library import backend_for, define, mark_written
@@ -12,11 +13,12 @@ _LORA = "Tensor x, Tensor[] A, Tensor[] B, Tensor indices, Tensor? scale, Tensor
 _PLAN = "Tensor? order, Tensor? starts"
 
 
-@define(f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate) -> ()", lambda *_: None)
-def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+@define(f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate, bool packed) -> ()", lambda *_: None)
+def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed):
     backend = backend_for("bgmv", x, A[0].shape[1], indices.shape[1])
     check.validate("bgmv", backend, y, y_offset, x, A, B, indices, ranks, *A[0].shape[:2])
-    backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    layout = {"packed": True} if packed else {}
+    backend.bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, **layout)
     mark_written(y)
 
 
@@ -130,16 +132,21 @@ def _add_delta(y, arguments, y_offset, accumulate):
     return y
 
 
-def _bgmv_checked(op, y, arguments, y_offset, accumulate):
-    x, A, B, _, scale, _, gates, _, _ = arguments
+def _bgmv_checked(op, y, arguments, y_offset, accumulate, packed=False):
+    x, A, B, _, scale, ranks, gates, _, _ = arguments
+    if packed:
+        check.check_packed(op, B, ranks)
     check.check_output(op, "y", y, x.shape[0], sum(b.shape[1] for b in B), y_offset, x.dtype, x.device)
     if _wants_gradient(y, x, A, B, scale, gates):
-        return _add_delta(y, arguments, y_offset, accumulate)
-    torch.ops.lorakern.bgmv_(y, *arguments, y_offset, accumulate)
+        B = unpacked(B, ranks) if packed else B
+        return _add_delta(y, (x, A, B, *arguments[3:]), y_offset, accumulate)
+    torch.ops.lorakern.bgmv_(y, *arguments, y_offset, accumulate, packed)
     return y
 
 
-def bgmv(y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y_offset=0, accumulate=True):
+def bgmv(
+    y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y_offset=0, accumulate=True, packed=False
+):
     """Add to every row of y the update of that row's own adapters, in place.
 
     ``y[t] (+)= sum_k gates[t, k] * scale[i] * B[i] @ (A[i] @ x[t])`` with i = indices[t, k]; for several slices the
@@ -160,6 +167,8 @@ def bgmv(y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, 
         plan: what `lorakern.plan(indices, slots)` returned; made here if None.
         y_offset: first column of y to fill.
         accumulate: add to y (True), or overwrite the rows that have an adapter (False).
+        packed: B is (slots, d_out, r_max) in size, but slot i holds a contiguous (d_out, ranks[i]) matrix at its
+            beginning: no cache line of padding is read for a small rank. On the CPU, with ranks; same bits as unpacked.
 
     Returns:
         y. Sums are float32 and y is rounded once (bfloat16 on hardware that multiplies it: A x is rounded to bfloat16
@@ -179,12 +188,11 @@ def bgmv(y, x, A, B, indices, *, scale=None, ranks=None, gates=None, plan=None, 
     [[32.0, 32.0], [16.0, 16.0], [0.0, 0.0]]
     """
     if not is_dynamo_compiling():
-        done = fast.bgmv(y, x, A, B, indices, scale, ranks, gates, plan, y_offset, accumulate)
+        done = fast.bgmv(y, x, A, B, indices, scale, ranks, gates, plan, y_offset, accumulate, packed)
         if done is not None:
             return done
-    return _bgmv_checked(
-        "bgmv", y, _normalised("bgmv", x, A, B, indices, scale, ranks, gates, plan), y_offset, accumulate
-    )
+    arguments = _normalised("bgmv", x, A, B, indices, scale, ranks, gates, plan)
+    return _bgmv_checked("bgmv", y, arguments, y_offset, accumulate, packed)
 
 
 def sgmv(y, x, A, B, seg_starts, slots, *, scale=None, ranks=None, y_offset=0, accumulate=True):

@@ -26,14 +26,15 @@ def _shrink(h, x, A, indices, ranks, order, starts):
 
 @define(
     "expand_(Tensor(a!) y, Tensor h, Tensor[] B, Tensor indices, Tensor? scale, Tensor? ranks, Tensor? gates,"
-    " Tensor? order, Tensor? starts, SymInt y_offset, bool accumulate) -> ()",
+    " Tensor? order, Tensor? starts, SymInt y_offset, bool accumulate, bool packed) -> ()",
     _nothing,
 )
-def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate):
+def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed):
     slots, _, r_max = B[0].shape
     backend = backend_for("expand", y, r_max, indices.shape[1])
     check.validate("expand", backend, y, y_offset, None, (), B, indices, ranks, slots, r_max)
-    backend.expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    layout = {"packed": True} if packed else {}
+    backend.expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, **layout)
     mark_written(y)
 
 
@@ -92,7 +93,9 @@ def shrink(x, A, indices, *, ranks=None, plan=None, out=None):
     return out
 
 
-def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y_offset=0, accumulate=True):
+def expand(
+    y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y_offset=0, accumulate=True, packed=False
+):
     """Add what the ranks make of h: ``y[t] (+)= sum_k gates[t, k] * scale[i] * B_s[i, :, :r] @ h[s, t, k, :r]``.
 
     Args:
@@ -105,6 +108,7 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
         gates: floats of the shape of indices; None for 1.
         y_offset: first column to fill.
         accumulate: add to y (True) or overwrite the rows that have an adapter (False).
+        packed: slot i of B holds a contiguous (d_out, ranks[i]) matrix at its beginning, as in `bgmv`.
 
     Returns:
         y.
@@ -118,7 +122,7 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     [[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
     """
     if not is_dynamo_compiling():
-        done = fast.expand(y, h, B, indices, scale, ranks, gates, plan, y_offset, accumulate)
+        done = fast.expand(y, h, B, indices, scale, ranks, gates, plan, y_offset, accumulate, packed)
         if done is not None:
             return done
     check.check_activations("expand", "y", y)
@@ -127,6 +131,8 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     check.check_weights("expand", "B", B, y.dtype, y.device, slots, r_max, 2, "(slots, d_out, r_max)")
     indices = check.check_indices("expand", indices, y.shape[0], y.device)
     check.check_ranks("expand", ranks, slots, y.device)
+    if packed:
+        check.check_packed("expand", B, ranks)
     accumulation = check.accumulation_dtype(y.dtype)
     shape = (len(B), *indices.shape, r_max)
     if not isinstance(h, torch.Tensor) or h.shape != shape or h.dtype != accumulation or not h.is_contiguous():
@@ -137,5 +143,5 @@ def expand(y, h, B, indices, *, scale=None, ranks=None, gates=None, plan=None, y
     scale = check.check_scale("expand", scale, slots, y.device, accumulation)
     gates = check.check_gates("expand", gates, indices, accumulation)
     order, starts = check_plan("expand", plan, indices, slots)
-    _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate)
+    _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed)
     return y

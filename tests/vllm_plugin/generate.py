@@ -18,7 +18,7 @@ def ranks_of_slots(model):
     for name, layer in manager.modules.items():
         factors = getattr(layer.punica_wrapper, "factors", None)
         if factors is not None and factors.A:
-            measured = factors.ranks.T.tolist()
+            measured = factors.ranks_b.T.tolist()
             ranks[name] = {str(i): r for i, r in zip(manager.lora_index_to_id, measured, strict=True) if i}
     return ranks
 

@@ -4,6 +4,7 @@ vLLM runs `register` in each of its processes; nothing of vLLM is imported befor
 """
 
 import functools
+import inspect
 import os
 
 WRAPPER = "lorakern.integrations.vllm.wrapper.PunicaWrapper"
@@ -52,7 +53,8 @@ def own_wrapper() -> str:
     """The name of the class that vLLM's platform would use without us."""
     from vllm.platforms import current_platform
 
-    return type(current_platform).get_punica_wrapper.__wrapped__(type(current_platform))
+    platform = type(current_platform)
+    return inspect.unwrap(platform.get_punica_wrapper.__func__)(platform)
 
 
 def _take_over(platform: type) -> None:

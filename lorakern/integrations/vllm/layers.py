@@ -112,16 +112,21 @@ def follow(manager: type) -> None:
 
     @functools.wraps(activate)
     def activate_adapter(self, lora_id, *args, **kwargs):
-        wrote = True  # also if it fails half way
-        try:
-            wrote = activate(self, lora_id, *args, **kwargs)
-            return wrote
-        finally:
-            if wrote and lora_id in self.lora_index_to_id:
+        def for_factors(method):
+            if lora_id in self.lora_index_to_id:
                 slot = self.lora_index_to_id.index(lora_id)
                 for layer in self.modules.values():
                     if isinstance(layer.punica_wrapper, LayerWrapper):
-                        layer.punica_wrapper.factors.measure(slot)
+                        method(layer.punica_wrapper.factors, slot)
+
+        try:
+            wrote = activate(self, lora_id, *args, **kwargs)
+        except BaseException:
+            for_factors(Factors.clear)
+            raise
+        if wrote:
+            for_factors(Factors.measure)
+        return wrote
 
     manager._create_lora_modules, manager.activate_adapter = create_lora_modules, activate_adapter
 

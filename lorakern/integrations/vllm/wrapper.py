@@ -13,7 +13,7 @@ from lorakern.errors import LorakernError
 from lorakern.integrations import vllm as plugin
 from lorakern.integrations.vllm.factors import Factors
 from lorakern.integrations.vllm.layers import follow
-from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, shrink
+from lorakern.ops import Plan, bgmv, expand, plan, shrink
 
 logger = init_logger("vllm.lorakern")
 
@@ -91,9 +91,11 @@ class PunicaWrapper(PunicaWrapperBase):
                 B = [B[0][:, : y.shape[1]]]
             if x.dtype == y.dtype == B[0].dtype:
                 bgmv(y, x, A, B, indices, scale=scale, ranks=ranks, plan=grouped, y_offset=column,
-                     accumulate=add_inputs)  # fmt: skip
+                     accumulate=add_inputs, packed=factors.packed)  # fmt: skip
             else:
-                delta = lora_delta(x.to(B[0].dtype), A, B, indices, scale=scale, ranks=ranks, plan=grouped)
+                delta = B[0].new_zeros(len(y), sum(b.shape[1] for b in B))
+                bgmv(delta, x.to(B[0].dtype), A, B, indices, scale=scale, ranks=ranks, plan=grouped,
+                     packed=factors.packed)  # fmt: skip
                 _merge(y, delta, indices, column, add_inputs)
 
     def shrink_to(self, h, x, factors: Factors, scale: float) -> None:
@@ -116,10 +118,11 @@ class PunicaWrapper(PunicaWrapperBase):
             of_slice = _rows(h[i] if len(factors.B) > 1 or h.dim() == 3 else h).to(torch.float32).contiguous()
             of_slice = of_slice.view(1, len(of_slice), 1, -1)
             if y.dtype == B.dtype:
-                expand(y, of_slice, B, indices, ranks=ranks, plan=grouped, y_offset=offset, accumulate=add_inputs)
+                expand(y, of_slice, B, indices, ranks=ranks, plan=grouped, y_offset=offset, accumulate=add_inputs,
+                       packed=factors.packed)  # fmt: skip
             else:
                 delta = B.new_zeros(len(y), B.shape[1])
-                expand(delta, of_slice, B, indices, ranks=ranks, plan=grouped)
+                expand(delta, of_slice, B, indices, ranks=ranks, plan=grouped, packed=factors.packed)
                 _merge(y, delta, indices, offset, add_inputs)
             offset += B.shape[1]
 
