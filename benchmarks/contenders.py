@@ -94,7 +94,7 @@ def fast_entry(inputs: Inputs) -> Call:
     A, B = slices if len(inputs.case.d_outs) > 1 else (slices[0][0], slices[1][0])
 
     def run(copy):
-        return fast.bgmv(inputs.y, inputs.x, A, B, inputs.indices, None, None, None, None, 0, True)
+        return fast.bgmv(inputs.y, inputs.x, A, B, inputs.indices, None, None, None, None, 0, True, False)
 
     if run(0) is None:
         raise Skipped("the fast entry declines this call")

@@ -396,7 +396,7 @@ def test_no_reference_is_kept_or_lost():
             lk.shrink(p.x, p.A, p.indices)
             lk.shrink(p.x, p.A, p.indices, out=out)
             lk.expand(p.y, out, p.B, p.indices, y_offset=3)
-            assert fast.bgmv(p.y, p.x, p.A, p.B, bad, None, None, None, None, 3, True) is None
+            assert fast.bgmv(p.y, p.x, p.A, p.B, bad, None, None, None, None, 3, True, False) is None
             assert fast.lora_delta(p.x, p.A, p.B, bad, None, None, None, None) is None
 
     run(50)
@@ -419,5 +419,5 @@ def test_no_short_way_without_the_interface(monkeypatch):
 
 
 def test_arguments_are_counted():
-    with pytest.raises(TypeError, match="takes 11 positional arguments; got 1"):
+    with pytest.raises(TypeError, match="takes 12 positional arguments; got 1"):
         fast.bgmv(None)
