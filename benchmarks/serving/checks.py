@@ -11,8 +11,9 @@ from benchmarks.serving.workload import ADAPTERS, SEED, sample
 from lorakern.errors import LorakernError
 
 SCORED = 64  # tokens whose log-probabilities are compared, drawn at random
-# RMS difference of the two LoRA paths over the RMS effect of LoRA: about 1.4 with a wrong adapter, 1 with none.
-MAX_ERROR = 0.25
+# RMS difference of the two LoRA paths over the RMS effect of LoRA, in the request where it is largest. Rounding in
+# bfloat16 gives 0.2; no adapter would give 1, another one's effect 1.4.
+MAX_ERROR = 0.5
 WRAPPERS = {PLAIN: None, THEIRS: "vllm.lora.", OURS: "lorakern."}
 
 
@@ -30,7 +31,7 @@ def scored_tokens(vocabulary: int) -> list[int]:
     return torch.randint(100, vocabulary, (SCORED,), generator=torch.Generator().manual_seed(SEED)).tolist()
 
 
-def rms(left: list[list[float]], right: list[list[float]]) -> float:
+def rms(left: list, right: list) -> float:
     """Of the difference.
 
     >>> rms([[1.0, 2.0]], [[1.0, 4.0]])
@@ -60,13 +61,20 @@ def compare(answers: dict[str, dict]) -> dict:
 
     Returns:
         "effect": RMS of what LoRA changes in the log-probabilities; where vLLM's LoRA ran too, "difference": RMS
-        between the two LoRA paths, "error": the one over the other, and the agreement of greedy tokens.
+        between the two LoRA paths, "error": the one over the other, "worst": the same in the request where it is
+        largest, and the agreement of greedy tokens.
     """
     beside = answers.get(THEIRS, answers[OURS])
     found = {"effect": rms(beside["scores"], answers[PLAIN]["scores"])}
     if THEIRS in answers:
         difference = rms(answers[OURS]["scores"], beside["scores"])
-        found |= {"difference": difference, "error": difference / found["effect"]}
+        scores = zip(answers[OURS]["scores"], beside["scores"], answers[PLAIN]["scores"], strict=True)
+        worst = [rms(ours, theirs) / max(rms(theirs, plain), 1e-9) for ours, theirs, plain in scores]
+        found |= {
+            "difference": difference,
+            "error": difference / found["effect"],
+            "worst": torch.tensor(worst).max().item(),
+        }
         found |= agreement(answers[OURS]["tokens"], beside["tokens"])
     return found
 
@@ -87,9 +95,9 @@ def warm_up(workers: dict[str, Worker], vocabulary: int) -> dict:
     found = compare(answers)
     if not found["effect"] > 0:
         raise LorakernError("bench: the answers with and without adapters are the same")
-    if not found.get("error", 0.0) <= MAX_ERROR:
+    if not found.get("worst", 0.0) <= MAX_ERROR:
         raise LorakernError(
-            f"bench: the log-probabilities of {OURS} and {THEIRS} differ by {found['difference']:.3g}, which is "
-            f"{found['error']:.2f} of what LoRA changes (at most {MAX_ERROR}): nothing is timed"
+            f"bench: {OURS} and {THEIRS} give a request log-probabilities that differ by {found['worst']:.2f} "
+            f"of what LoRA changes (at most {MAX_ERROR}): nothing is timed"
         )
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks import machine
 from benchmarks.records import write_beside
-from benchmarks.report import duration, floor_lines
+from benchmarks.report import floor_lines
 from benchmarks.serving import records, report
 from benchmarks.serving.figures import extra, median_of, verdicts
 from benchmarks.serving.records import Results
@@ -29,7 +29,11 @@ adapter, drawn by the popularity. Greedy, no prefix caching. Adapters are in the
 The floor of a step is the bytes of the adapters in use, each once at its true rank in bfloat16, over the read bandwidth
 measured just before the cell. That of the first token is the same, or the adapters' multiply-adds for all prompts over
 torch.mm's FLOP/s where those take longer. What LoRA adds is the median of lorakern's LoRA less that of no LoRA. "Best
-possible" is the ratio to no LoRA if LoRA added no more than the floors."""
+possible" is the ratio to no LoRA if LoRA added no more than the floors. "Agreement" is the share of greedy tokens that
+are those of vLLM's LoRA, each request's up to its first other one: in bfloat16 rounding decides between near ties, and
+all that follows then differs. What is judged, before anything is timed, are log-probabilities: in each adapter's
+request the two LoRA paths may differ by half of what that adapter changes (rounding makes it a fifth). `make test-vllm`
+compares the answers in float32, token by token."""
 COLORS = {PLAIN: "#9a9a9a", THEIRS: "#5b9a68", OURS: "#2f6db5"}
 TITLES = {
     "prefill": "Prefill-heavy: 16 requests, 96 to 124 prompt tokens, 4 new ones",
@@ -113,26 +117,14 @@ def _runs(found: list[dict]) -> list[list[str]]:
     return rows
 
 
-ADDED = [
-    "cell",
-    "adapters in use",
-    "ranks",
-    "MB a step",
-    "GB/s",
-    "a step",
-    "floor",
-    "first token",
-    "floor",
-    "agreement",
-]
+ADDED = ["cell", "adapters in use", "MB a step", "GB/s", "a step", "floor", "first token", "floor", "agreement"]
 
 
 def _added(record: dict) -> list[str]:
     least = record["least"]
     return [
         f"`{record['name']}`",
-        str(least["distinct"]),
-        "+".join(map(str, least["ranks"])),
+        report.ranks_text(least["ranks"]),
         f"{least['step_bytes'] / 1e6:.1f}",
         f"{record['read_bandwidth'] / 1e9:.1f}",
         *report.extra_texts(extra(record)),
@@ -141,6 +133,10 @@ def _added(record: dict) -> list[str]:
 
 
 PANELS = {"tokens_s": "prompt + generated tokens a second", "token_mean": "time per token"}
+
+
+def _round(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds > 0.999 else f"{seconds * 1e3:.3g} ms"
 
 
 def plot(results: Results):
@@ -155,7 +151,7 @@ def plot(results: Results):
             for x, record in enumerate(found):
                 if (of := median_of(record, name)) is None:
                     continue
-                text = f"{of[key]:.0f}" if key == "tokens_s" else duration(of[key]).replace(" ", "\n")
+                text = f"{of[key]:.0f}" if key == "tokens_s" else _round(of[key]).replace(" ", "\n")
                 at = x + (place - 1) * 0.28
                 axes.bar(at, of[key], 0.26, color=COLORS[name])
                 axes.annotate(
@@ -167,7 +163,7 @@ def plot(results: Results):
         axes.set_xticks(range(len(found)), [record["name"].replace("-", "\n") for record in found], fontsize=8)
         axes.set_title(title, fontsize=10)
         if key == "token_mean":
-            axes.yaxis.set_major_formatter(lambda value, _: duration(value))
+            axes.yaxis.set_major_formatter(lambda value, _: _round(value))
         axes.minorticks_off()
         axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.7)
         axes.set_axisbelow(True)

@@ -37,7 +37,8 @@ def check_line(check: dict) -> str:
         return f"{line}; not compared with vLLM's LoRA"
     agreement = f"{check['first']:.0%} of the first greedy tokens agree, {check['until_differing']:.0%} of all"
     return (
-        f"{line}; the two LoRA paths differ by {check['difference']:.3g}, {check['error']:.1%} of that; "
+        f"{line}; the two LoRA paths differ by {check['difference']:.3g}, {check['error']:.0%} of that, "
+        f"{check['worst']:.0%} in the worst request; "
         f"{agreement} until one differs"
     )
 
@@ -55,7 +56,7 @@ def show_header(results: Results) -> None:
     print(*lines, *engine_lines(results), sep="\n", flush=True)
 
 
-HEAD = ["contender", "tokens/s", "generated/s", "first token", "p95", "ms/token", "p95", "repetitions"]
+HEAD = ["contender", "tokens/s", "generated/s", "first token", "its p95", "ms/token", "its p95", "repetitions"]
 
 
 def run_cells(name: str, record: dict) -> list[str]:
@@ -82,8 +83,8 @@ def ratio_text(record: dict, other: str) -> str:
     if value is None:
         return ""
     low, high = spread(record, other)
-    span = "" if CONTENDERS[other].once or low == high else f" ({low:.2f} .. {high:.2f})"
-    return f"{value:.2f}{span}"
+    span = "" if CONTENDERS[other].once or low == high else f" ({low:.3g} .. {high:.3g})"
+    return f"{value:.3g}{span}"
 
 
 def signed(seconds: float | None) -> str:
@@ -94,6 +95,14 @@ def signed(seconds: float | None) -> str:
     if seconds is None:
         return ""
     return ("-" if seconds < 0 else "") + duration(abs(seconds))
+
+
+def ranks_text(ranks: list[int]) -> str:
+    """
+    >>> ranks_text([64, 64, 8])
+    '2 x 64, 1 x 8'
+    """
+    return ", ".join(f"{ranks.count(rank)} x {rank}" for rank in dict.fromkeys(ranks))
 
 
 def extra_texts(found: Extra) -> list[str]:
@@ -110,7 +119,7 @@ def cell_lines(record: dict) -> list[str]:
     out = [
         "",
         f"{record['name']}: {record['requests']} requests, {record['prompt_tokens']} + {record['new_tokens']} tokens, "
-        f"{least['distinct']} adapters of ranks {'+'.join(map(str, least['ranks']))}, "
+        f"in use {ranks_text(least['ranks'])}, "
         f"{least['step_bytes'] / 1e6:.1f} MB a step at {record['read_bandwidth'] / 1e9:.1f} GB/s",
         *(
             "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
