@@ -294,6 +294,9 @@ def test_terminal_output(capsys, monkeypatch):
     report.show(results)
     out = capsys.readouterr().out
     assert "prefill-4ad-uniform" in out and "0.85: met" in out and "cores busy" in out
+    assert "NOT A QUIET" not in out
+    results.busy["elsewhere"] = 1.0
+    assert "NOT A QUIET" in report.busy_line(results)
     lines = "\n".join(report.cell_lines(results.records["decode-1ad"]))
     assert "left out" in lines and "LoRA adds" in lines
 
