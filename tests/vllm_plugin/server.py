@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -88,12 +89,11 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def resident_bytes(self) -> int:
-        """Of all its processes together; a page that several of them share counts once."""
+        """The sum over its processes: what other programs share with them makes no difference to it."""
         total = 0
         for process in _processes_of(self.process.pid):
             with contextlib.suppress(OSError):
-                sizes = (process / "smaps_rollup").read_text()
-                total += sum(int(line.split()[1]) << 10 for line in sizes.splitlines() if line.startswith("Pss:"))
+                total += int((process / "statm").read_text().split()[1]) * resource.getpagesize()
         assert total, self.log()[-4000:]
         return total
 

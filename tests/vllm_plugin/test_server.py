@@ -10,6 +10,7 @@ import pytest
 from adapters import ACCEPTED, DAMAGE, change_config, damaged, derive
 from engines import SKILLS
 from server import BASE, Request, serving
+from soak import Soak
 
 SLOTS, KEPT, MAX_RANK = 3, 4, 32
 TOKENS = 10
@@ -230,3 +231,12 @@ def test_cancelled_requests(server, few, prompts, alone):
     wait_until_idle(server)
     asked = sum(request.tokens for request in (*long, *few))
     assert server.metric("vllm:generation_tokens_total") - generated < asked
+
+
+def test_soak_in_short(server, tmp_path):
+    """`make soak-vllm` is the whole of it."""
+    soak = Soak(server, tmp_path, adapters=7, seed=1)
+    figures = soak.run(requests=60, clients=8)
+    assert not soak.failures
+    assert figures["equal"] + figures["cancelled"] == 60
+    assert min(figures[name] for name in ("cancelled", "reloads", "passing", "refused loads")) > 0
