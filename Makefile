@@ -42,7 +42,7 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --con
 	LORAKERN_CUDA=0 .venv-vllm/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# About three minutes: engines with SmolLM2 and the shipped skills. VLLM_ARGS="-k wrapper" runs a part.
+# Engines and an HTTP server with SmolLM2 and the shipped skills: some minutes. VLLM_ARGS="-k wrapper" runs a part.
 test-vllm: .venv-vllm/built
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin lorakern/integrations/vllm $(VLLM_ARGS)
 
