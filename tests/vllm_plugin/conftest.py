@@ -3,20 +3,13 @@
 import json
 
 import pytest
-from engines import REPOSITORY, SKILLS
-
-from lorakern.integrations import smollm2
+from engines import SKILLS, model_folder
 
 
 @pytest.fixture(scope="session")
 def model():
     """SmolLM2 as a directory of Hugging Face files, kept in build/."""
-    folder = REPOSITORY / "build/smollm2"
-    if not (folder / "tokenizer.json").is_file():
-        weights, tokenizer = smollm2.load()
-        weights.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return str(folder)
+    return model_folder()
 
 
 @pytest.fixture(scope="session")

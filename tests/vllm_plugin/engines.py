@@ -6,9 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lorakern.integrations import smollm2
+
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SKILLS = REPOSITORY / "benchmarks/skills/adapters"
+
+
+def model_folder():
+    """SmolLM2 as Hugging Face files; they are made once."""
+    folder = REPOSITORY / "build/smollm2"
+    if not (folder / "tokenizer.json").is_file():
+        weights, tokenizer = smollm2.load()
+        weights.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def generate(folder, requests, lorakern, **engine):
