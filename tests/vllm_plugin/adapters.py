@@ -68,7 +68,12 @@ def _pickle(folder: Path, name: str) -> None:
     (folder / name).write_bytes(pickle.dumps(_Touch(folder / "executed"), protocol=2))
 
 
-# What vLLM refuses, by what is broken.
+def _spoil(factor: torch.Tensor, value: float) -> torch.Tensor:
+    factor[-1, -1] = value
+    return factor
+
+
+# What vLLM refuses, by what is broken; values that are not finite, lorakern.
 DAMAGE = {
     "weights truncated": _truncate,
     "weights empty": lambda folder: (folder / WEIGHTS).write_bytes(b""),
@@ -84,9 +89,11 @@ DAMAGE = {
     "A of one dimension": lambda folder: _change_first_tensor(folder, "lora_A", torch.flatten),
     "B too tall": lambda folder: _change_first_tensor(folder, "lora_B", lambda B: torch.cat([B, B])),
     "B missing": lambda folder: _drop_first_tensor(folder, "lora_B"),
+    "A with NaN": lambda folder: _change_first_tensor(folder, "lora_A", lambda A: _spoil(A, torch.nan)),
+    "B with inf": lambda folder: _change_first_tensor(folder, "lora_B", lambda B: _spoil(B, torch.inf)),
 }
 
-# What vLLM 0.32 loads without a word. NaN too, which is left out: it stays in the key-value cache and spoils others.
+# What vLLM 0.32 loads without a word.
 ACCEPTED = {
     "A too narrow": lambda folder: _change_first_tensor(folder, "lora_A", lambda A: A[:, :-1]),
     "A of a lower rank": lambda folder: _change_first_tensor(folder, "lora_A", lambda A: A[:-1]),

@@ -7,6 +7,7 @@ import torch
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from lorakern.errors import LorakernError
 from lorakern.integrations.vllm.layers import LayerWrapper, bind, follow
 from lorakern.integrations.vllm.wrapper import PunicaWrapper
 
@@ -224,6 +225,9 @@ class Manager:
     def _create_lora_modules(self):
         pass
 
+    def _add_adapter(self, lora):
+        self.added = lora.id
+
     def activate_adapter(self, lora_id):
         if lora_id in self.lora_index_to_id:
             return False
@@ -253,6 +257,19 @@ def test_the_manager_measures_what_it_activates():
     with pytest.raises(ValueError, match="half way"):
         manager.activate_adapter(3)
     assert known.ranks_b[0].tolist() == [16, 0, 16, 16]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_adapters_that_are_not_finite_are_refused(value):
+    good = types.SimpleNamespace(lora_a=torch.ones(2, 4), lora_b=[torch.ones(4, 2), None])
+    bad = types.SimpleNamespace(lora_a=torch.ones(2, 4), lora_b=[torch.ones(4, 2), torch.full((4, 2), value)])
+    follow(Manager)
+    manager = Manager(make_layer(make_wrapper()))
+    manager._add_adapter(types.SimpleNamespace(id=3, loras={"qkv": good}))
+    assert manager.added == 3
+    with pytest.raises(LorakernError, match="adapter 4: lora_B of qkv has values that are NaN or infinite"):
+        manager._add_adapter(types.SimpleNamespace(id=4, loras={"qkv": bad}))
+    assert manager.added == 3
 
 
 def test_a_layer_in_a_compiled_model():

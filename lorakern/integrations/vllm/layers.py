@@ -6,6 +6,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from lorakern.errors import LorakernError
 from lorakern.integrations.vllm.factors import Factors
 
 _LAYERS: "WeakValueDictionary[str, LayerWrapper]" = WeakValueDictionary()
@@ -97,10 +98,10 @@ def factors_of(layer: torch.nn.Module) -> Factors | None:
 def follow(manager: type) -> None:
     """Let a LoRA manager class of vLLM tell us of its layers, and measure the slot that it has written an adapter to.
 
-    All adapters, those of the warm-up too, come into their slots by ``activate_adapter``, which returns whether it
-    wrote. A second call does nothing.
+    Adapters with values that are not finite are refused when they are added. All, those of the warm-up too, come into
+    their slots by ``activate_adapter``, which returns whether it wrote. A second call does nothing.
     """
-    create, activate = manager._create_lora_modules, manager.activate_adapter
+    create, add, activate = manager._create_lora_modules, manager._add_adapter, manager.activate_adapter
     if hasattr(activate, "__wrapped__"):
         return
 
@@ -109,6 +110,11 @@ def follow(manager: type) -> None:
         create(self)
         for layer in self.modules.values():
             bind(layer)
+
+    @functools.wraps(add)
+    def add_adapter(self, lora):
+        check_finite(lora)
+        add(self, lora)
 
     @functools.wraps(activate)
     def activate_adapter(self, lora_id, *args, **kwargs):
@@ -128,7 +134,28 @@ def follow(manager: type) -> None:
             for_factors(Factors.measure)
         return wrote
 
-    manager._create_lora_modules, manager.activate_adapter = create_lora_modules, activate_adapter
+    manager._create_lora_modules, manager._add_adapter = create_lora_modules, add_adapter
+    manager.activate_adapter = activate_adapter
+
+
+def check_finite(lora) -> None:
+    """Refuse an adapter that would leave NaN in the key-value cache, and with it in the answers of others.
+
+    Args:
+        lora: vLLM's LoRAModel.
+
+    Raises:
+        LorakernError: it has a value that is NaN or infinite.
+    """
+    for module, weights in lora.loras.items():
+        for name in ("lora_A", "lora_B"):
+            factors = getattr(weights, name.lower())
+            for factor in factors if isinstance(factors, (list, tuple)) else [factors]:
+                if factor is not None and not bool(torch.isfinite(factor).all()):
+                    raise LorakernError(
+                        f"adapter {lora.id}: {name} of {module} has values that are NaN or infinite; train or convert "
+                        "it again"
+                    )
 
 
 def bind(layer: torch.nn.Module) -> None:
