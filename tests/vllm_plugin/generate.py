@@ -1,9 +1,12 @@
-"""Serve the requests of a JSON file by an engine in this process; print the generated tokens and what the model
-measured of its slots as JSON, in the last line.
+"""Serve the requests of a JSON file by an engine in this process, and write what came out of it to another.
 
-The file: {"engine": arguments of vllm.LLM, "requests": [[prompt, adapter directory or null, tokens], ...]}.
+The file: {"engine": arguments of vllm.LLM, "rounds": [...], "answers": the other file}. Each round is served to its end
+before the next begins. It is a list of requests [prompt, adapter directory or null, tokens, steps before it arrives],
+where a prompt is a string or a list of token ids and the last may be left out; or the word "forget", which empties the
+prefix cache; or "poison", see there.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -11,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+# Functions go to the workers of tensor parallelism, which is not allowed otherwise.
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def ranks_of_slots(model):
@@ -25,22 +30,120 @@ def ranks_of_slots(model):
     return ranks
 
 
+def stacked_factors(model):
+    """Every tensor of slots with the dimension of its ranks."""
+    for layer in model.lora_manager.modules.values():
+        for name, rank_dim in (("lora_a_stacked", 2), ("lora_b_stacked", 3)):
+            factors = getattr(layer, name)
+            for stacked in (factors,) if isinstance(factors, torch.Tensor) else factors:
+                # An embedding holds A as (slots, vocabulary, r_max).
+                yield stacked, 2 if stacked.dim() == 3 else rank_dim
+
+
+def poison(model):
+    """Write NaN to what is padding, the trailing zeros of every slot; return how many numbers those were."""
+    poisoned = 0
+    for stacked, rank_dim in stacked_factors(model):
+        if stacked.dim() == 4:  # the embedding's A is read by vLLM itself, whole rows of it
+            for slot in stacked:
+                by_rank = slot.movedim(rank_dim - 1, 0)
+                used = by_rank.flatten(1).any(1).nonzero()
+                padding = by_rank[used[-1, 0] + 1 if len(used) else 0 :]
+                padding.fill_(torch.nan)
+                poisoned += padding.numel()
+    return poisoned
+
+
+def bytes_of_slots(model):
+    return sum(stacked.nbytes for stacked, _ in stacked_factors(model))
+
+
+def peak_memory():
+    """The highest resident memory of this process so far, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+class Recorder:
+    """What a step computes, as the scheduler plans it and as the LoRA layers are told."""
+
+    def __init__(self, engine):
+        from vllm.lora.model_manager import LoRAModelManager
+
+        self.numbers, self.rows, self.mapping = {}, [], None
+        core = engine.llm_engine.engine_core.engine_core
+        plan, tell = core.scheduler.schedule, LoRAModelManager.set_adapter_mapping
+
+        def schedule(*args, **kwargs):
+            planned = plan(*args, **kwargs)
+            computed = {new.req_id: new.num_computed_tokens for new in planned.scheduled_new_reqs}
+            cached = planned.scheduled_cached_reqs
+            computed |= zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            self.rows = [
+                {"request": self.numbers[request], "computed": computed[request], "tokens": tokens}
+                for request, tokens in planned.num_scheduled_tokens.items()
+            ]
+            return planned
+
+        def set_adapter_mapping(manager, mapping):
+            runs = itertools.groupby(mapping.index_mapping)
+            self.mapping = [[int(adapter), len(list(run))] for adapter, run in runs]
+            tell(manager, mapping)
+
+        core.scheduler.schedule, LoRAModelManager.set_adapter_mapping = schedule, set_adapter_mapping
+
+    def step(self):
+        return {"rows": self.rows, "mapping": self.mapping}
+
+
+def serve(engine, recorder, requests, adapters):
+    """The answer to each request, and what every step computed."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    answers, steps = [None] * len(requests), []
+    coming = sorted(enumerate(requests), key=lambda item: item[1][3:])
+    while coming or engine.llm_engine.has_unfinished_requests():
+        while coming and sum(coming[0][1][3:]) <= len(steps):
+            number, (prompt, adapter, tokens, *_) = coming.pop(0)
+            asked = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+                                    output_kind=RequestOutputKind.FINAL_ONLY)  # fmt: skip
+            given = engine.llm_engine.add_request(str(number), asked, params, lora_request=adapters.get(adapter))
+            recorder.numbers[given] = number
+        for answer in engine.llm_engine.step():
+            answers[int(answer.request_id)] = {
+                "tokens": list(answer.outputs[0].token_ids),
+                "prompt": len(answer.prompt_token_ids),
+                "cached": answer.num_cached_tokens,
+            }
+        steps.append(recorder.step())
+    return {"answers": answers, "steps": steps}
+
+
 def main(path):
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     job = json.loads(Path(path).read_text())
     engine = LLM(**job["engine"])
-    adapters = sorted({adapter for _, adapter, _ in job["requests"] if adapter})
-    served = {adapter: LoRARequest(Path(adapter).name, i + 1, adapter) for i, adapter in enumerate(adapters)}
-    answers = engine.generate(
-        [prompt for prompt, _, _ in job["requests"]],
-        [SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True) for *_, tokens in job["requests"]],
-        lora_request=[served.get(adapter) for _, adapter, _ in job["requests"]],
-        use_tqdm=False,
-    )
-    tokens = [answer.outputs[0].token_ids for answer in answers]
-    print(json.dumps({"tokens": tokens, "ranks": engine.apply_model(ranks_of_slots)[0]}))
+    recorder = Recorder(engine)
+    requests = [request for round in job["rounds"] if isinstance(round, list) for request in round]
+    directories = sorted({adapter for _, adapter, *_ in requests if adapter})
+    adapters = {adapter: LoRARequest(Path(adapter).name, i + 1, adapter) for i, adapter in enumerate(directories)}
+    answers = {"adapters": {Path(adapter).name: served.lora_int_id for adapter, served in adapters.items()}}
+    answers |= {"peak": peak_memory(), "rounds": []}
+    for round in job["rounds"]:
+        if round == "forget":
+            assert engine.reset_prefix_cache()
+        elif round == "poison":
+            answers["poisoned"] = engine.apply_model(poison)
+        else:
+            served = serve(engine, recorder, round, adapters)
+            answers["rounds"].append(served | {"peak": peak_memory()})
+    if job["engine"].get("enable_lora"):
+        answers |= {"ranks": engine.apply_model(ranks_of_slots), "slots": engine.apply_model(bytes_of_slots)}
+    Path(job["answers"]).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":
