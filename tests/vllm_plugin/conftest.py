@@ -3,13 +3,9 @@
 import json
 
 import pytest
-from engines import REPOSITORY, SKILLS, TAKES_OVER, generate
+from engines import ADAPTERS, REPOSITORY, SKILLS, TAKES_OVER, TOKENS, generate
 
 from lorakern.integrations import smollm2
-
-# All layers at rank 4, attention at 8, ranks 4 and 32 side by side.
-ADAPTERS = ("iso_date", "reverse_words", "initials")
-TOKENS = 6
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +43,8 @@ def settings(model):
 
 @pytest.fixture(scope="session")
 def long_prompt(prompts):
-    """Two questions in one."""
-    return prompts["iso_date"][1] + prompts["iso_date"][0]
+    """Several questions in one."""
+    return "".join(prompts["iso_date"][:3])
 
 
 @pytest.fixture(scope="session")

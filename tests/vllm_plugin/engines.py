@@ -11,7 +11,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SKILLS = REPOSITORY / "benchmarks/skills/adapters"
-TAKES_OVER = "lorakern serves the LoRA layers on cpu"
+TAKES_OVER = "lorakern serves the LoRA layers on cpu"  # what it logs
+
+# All layers at rank 4, attention at 8, ranks 4 and 32 side by side; and the tokens of an answer.
+ADAPTERS = ("iso_date", "reverse_words", "initials")
+TOKENS = 6
 
 
 def run(folder, rounds, lorakern, environment=None, **engine):

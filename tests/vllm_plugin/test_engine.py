@@ -1,8 +1,7 @@
 """A real engine with SmolLM2 and the shipped skills: lorakern's answers are those of vLLM's own LoRA path."""
 
 import pytest
-from conftest import ADAPTERS
-from engines import TAKES_OVER, generate
+from engines import ADAPTERS, TAKES_OVER, generate
 
 
 @pytest.mark.parametrize("slots", [len(ADAPTERS) + 1, len(ADAPTERS)])
