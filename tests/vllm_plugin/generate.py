@@ -10,6 +10,8 @@ import itertools
 import json
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -58,11 +60,31 @@ def bytes_of_slots(model):
     return sum(stacked.nbytes for stacked, _ in stacked_factors(model))
 
 
-def peak_memory():
-    """The highest resident memory of this process since it started or was last asked, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(line.split()[1])
+class Memory(threading.Thread):
+    """The highest resident memory of this process since it was last asked, in bytes: of its own pages, and of all.
+
+    All counts the pages of mapped files too, which the system drops and reads again as it pleases.
+    """
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def status(self, name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    def run(self):
+        while True:
+            self.peak = max(self.peak, self.status("RssAnon"))
+            time.sleep(0.005)
+
+    def take(self):
+        peaks = {"own": max(self.peak, self.status("RssAnon")), "all": self.status("VmHWM")}
+        self.peak = 0
+        Path("/proc/self/clear_refs").write_text("5")
+        return peaks
 
 
 class Recorder:
@@ -126,14 +148,14 @@ def main(path):
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    job = json.loads(Path(path).read_text())
+    job, memory = json.loads(Path(path).read_text()), Memory()
     engine = LLM(**job["engine"])
     recorder = Recorder(engine)
     requests = [request for round in job["rounds"] if isinstance(round, list) for request in round]
     directories = sorted({adapter for _, adapter, *_ in requests if adapter})
     adapters = {adapter: LoRARequest(Path(adapter).name, i + 1, adapter) for i, adapter in enumerate(directories)}
     answers = {"adapters": {Path(adapter).name: served.lora_int_id for adapter, served in adapters.items()}}
-    answers |= {"peak": peak_memory(), "rounds": []}
+    answers |= {"peak": memory.take(), "rounds": []}
     for round in job["rounds"]:
         if round == "forget":
             assert engine.reset_prefix_cache()
@@ -141,7 +163,7 @@ def main(path):
             answers["poisoned"] = engine.apply_model(poison)
         else:
             served = serve(engine, recorder, round, adapters)
-            answers["rounds"].append(served | {"peak": peak_memory()})
+            answers["rounds"].append(served | {"peak": memory.take()})
     if job["engine"].get("enable_lora"):
         answers |= {"ranks": engine.apply_model(ranks_of_slots), "slots": engine.apply_model(bytes_of_slots)}
     Path(job["answers"]).write_text(json.dumps(answers))
