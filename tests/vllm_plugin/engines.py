@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from lorakern.integrations import smollm2
@@ -11,6 +13,36 @@ from lorakern.integrations import smollm2
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 SKILLS = REPOSITORY / "benchmarks/skills/adapters"
+TAKES_OVER = "lorakern serves the LoRA layers on cpu"  # what it logs
+
+# All layers at rank 4, attention at 8, ranks 4 and 32 side by side; and the tokens of an answer.
+ADAPTERS = ("iso_date", "reverse_words", "initials")
+TOKENS = 6
+
+
+def run(folder, rounds, lorakern, environment=None, **engine):
+    """What generate.py writes for these rounds, and what the engine logged."""
+    job, answers, log = folder / "job.json", folder / "answers.json", folder / "log"
+    job.write_text(json.dumps({"engine": engine, "rounds": rounds, "answers": str(answers)}))
+    environment = os.environ | {"LORAKERN_VLLM": "" if lorakern else "0"} | (environment or {})
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, HERE / "generate.py", job], stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=1200)
+        finally:
+            with suppress(ProcessLookupError):  # its workers, if it left any
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    logged = log.read_text()
+    assert status == 0, logged[-4000:]
+    return json.loads(answers.read_text()), logged
+
+
+def tokens(round):
+    """Those of every answer of a round."""
+    return [answer["tokens"] for answer in round["answers"]]
 
 
 def model_folder():
@@ -24,13 +56,6 @@ def model_folder():
 
 
 def generate(folder, requests, lorakern, **engine):
-    """The tokens of every request and the ranks of the slots, and what the engine logged."""
-    job = folder / "job.json"
-    job.write_text(json.dumps({"engine": engine, "requests": requests}))
-    environment = os.environ | {"LORAKERN_VLLM": "" if lorakern else "0"}
-    done = subprocess.run(
-        [sys.executable, HERE / "generate.py", job], capture_output=True, text=True, env=environment, check=False
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-4000:]
-    return json.loads(done.stdout.splitlines()[-1]), log
+    """The tokens of every request of one round and the ranks of the slots, and what the engine logged."""
+    answers, log = run(folder, [requests], lorakern, **engine)
+    return {"tokens": tokens(answers["rounds"][0]), "ranks": answers["ranks"][0]}, log
