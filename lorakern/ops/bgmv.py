@@ -13,8 +13,10 @@ _LORA = "Tensor x, Tensor[] A, Tensor[] B, Tensor indices, Tensor? scale, Tensor
 _PLAN = "Tensor? order, Tensor? starts"
 
 
-@define(f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate, bool packed) -> ()", lambda *_: None)
-def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed):
+@define(
+    f"bgmv_(Tensor(a!) y, {_LORA}, {_PLAN}, SymInt y_offset, bool accumulate, bool packed=False) -> ()", lambda *_: None
+)
+def _bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     backend = backend_for("bgmv", x, A[0].shape[1], indices.shape[1])
     check.validate("bgmv", backend, y, y_offset, x, A, B, indices, ranks, *A[0].shape[:2])
     layout = {"packed": True} if packed else {}

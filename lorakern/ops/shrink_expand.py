@@ -26,10 +26,10 @@ def _shrink(h, x, A, indices, ranks, order, starts):
 
 @define(
     "expand_(Tensor(a!) y, Tensor h, Tensor[] B, Tensor indices, Tensor? scale, Tensor? ranks, Tensor? gates,"
-    " Tensor? order, Tensor? starts, SymInt y_offset, bool accumulate, bool packed) -> ()",
+    " Tensor? order, Tensor? starts, SymInt y_offset, bool accumulate, bool packed=False) -> ()",
     _nothing,
 )
-def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed):
+def _expand(y, h, B, indices, scale, ranks, gates, order, starts, y_offset, accumulate, packed=False):
     slots, _, r_max = B[0].shape
     backend = backend_for("expand", y, r_max, indices.shape[1])
     check.validate("expand", backend, y, y_offset, None, (), B, indices, ranks, slots, r_max)
