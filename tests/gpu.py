@@ -89,6 +89,8 @@ def run(step: Step, logs: Path = LOGS) -> str:
 def main(chosen: list[Step] | None = None, logs: Path = LOGS) -> int:
     """Run the steps, print the end of each one's output and, last, a table; 1 if any failed."""
     verdicts = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell leaves it so in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for step in steps() if chosen is None else chosen:
         print(f"== {step.name}: {' '.join(step.command)}", flush=True)
         start = time.monotonic()

@@ -175,7 +175,7 @@ def fake(name, code, limit=20, **options):
 
 
 def test_a_step_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "GRACE", 5)
+    monkeypatch.setattr(gpu, "GRACE", 1)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('begun', flush=True); time.sleep(60)"
     )
