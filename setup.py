@@ -17,7 +17,13 @@ CSRC = Path("csrc")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+ISA_FLAGS = {
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": AVX512BF16,
+    "isa_amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+}
 # tests/sanitize.py sets LORAKERN_SANITIZE=address,undefined or =thread.
 SANITIZERS = os.environ.get("LORAKERN_SANITIZE")
 SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"] if SANITIZERS else []

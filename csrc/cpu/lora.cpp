@@ -86,7 +86,7 @@ void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Vari
     const Pairs& group = groups[i];
     for (int s = 0; s < p.num_slices; ++s) {
       prefetch(p, p.B[s], group.slot);
-      variant.shrink(p, {s, group, 0, rank_of(p, group.slot)});
+      run_shrink_unit(p, {s, group, 0, rank_of(p, group.slot)}, variant);
       if (p.B[s].rows > 0) run_expand_unit(jobs[s], {&group, 1, 0, p.num_tokens, 0, p.B[s].rows}, variant);
     }
   });
@@ -110,7 +110,7 @@ void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
       for (int64_t row = 0, rank = rank_of(p, group.slot); row < rank; row += rows)
         units.push_back({s, group, row, std::min(row + rows, rank)});
   const std::vector<ShrinkUnit>& shared = units;  // thread_local: the workers must not look up their own
-  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) { variant.shrink(p, shared[i]); });
+  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) { run_shrink_unit(p, shared[i], variant); });
 }
 
 void shrink(LoraParams p, const Indices& indices, int threads) {

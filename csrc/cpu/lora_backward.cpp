@@ -99,7 +99,7 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
   make_groups(p, std::clamp<int64_t>(pairs / (kUnitsPerThread * threads), 16, 128), groups);
   parallel_for(threads, static_cast<int64_t>(groups.size()), [&](int64_t i) {
     for (int s = 0; s < p.num_slices; ++s) {
-      variant.shrink(p, {s, groups[i], 0, rank_of(p, groups[i].slot)});
+      run_shrink_unit(p, {s, groups[i], 0, rank_of(p, groups[i].slot)}, variant);
       variant.back(g, {s, groups[i]}, unit_scratch(variant.back_scratch()));
     }
     apply_factors(g, groups[i], dots);

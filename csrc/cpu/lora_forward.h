@@ -19,7 +19,7 @@ using lorakern::token_of;
 // enough of memory's lines in flight. Many: a block of x stays in L1 while a block of A, in L2, passes by. Either way
 // the sum of a block of d_in is made alone and then added to h.
 template <typename T>
-void shrink(const LoraParams& p, const ShrinkUnit& u) {
+void shrink(const LoraParams& p, const ShrinkUnit& u, float*) {
   constexpr int64_t kFewTokens = 12, kRows = 64;
   const Weight& weight = p.A[u.slice];
   const T* rows = static_cast<const T*>(weight.data) + u.pairs.slot * weight.slot_stride;
@@ -159,6 +159,8 @@ void expand_directly(const Left<T, D>& left, const T* rows, int64_t stride, int6
     expand_rows<T, M>(left, rows, stride, rank, width, accumulate);
 }
 
+inline int64_t no_scratch(const ShrinkUnit&) { return 0; }
+
 constexpr int64_t kPackedCells = 1 << 15;  // of weights, packed for many tokens: an eighth of L2
 
 // How many columns are packed at a time.
@@ -168,8 +170,7 @@ inline int64_t chunk_columns(int64_t cells) {
 
 // Pairs of one slot against the columns of weight w that begin at `begin`.
 template <typename T, typename D>
-void expand_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin, const Target<D>& target,
-                 float* scratch) {
+void add_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin, const Target<D>& target, float* scratch) {
   using Cell = typename Outer<T>::Cell;
   const LoraParams& p = *job.params;
   const Weight& weight = job.weights[w];
@@ -223,6 +224,20 @@ void expand_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin,
   }
 }
 
+// How a slot is added: what a unit needs for it, in floats, and add_slot. lora_amx.h has another one.
+template <typename T>
+struct Panels {
+  static int64_t scratch(const ExpandJob& job, int64_t most_pairs) {
+    const int64_t cells = cells_of<T>(job.params->r_max);
+    return most_pairs * cells + std::max(kPackedCells, cells * kPanelColumns);
+  }
+  template <typename U, typename D>
+  static void add(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin, const Target<D>& target,
+                  float* scratch) {
+    add_slot<U>(job, w, pairs, begin, target, scratch);
+  }
+};
+
 // How many tokens' float32 sums fit in the scratch of a thread, 0 where the terms go straight to the output.
 inline int64_t sum_tokens(const ExpandJob& job, const ExpandUnit& unit) {
   if (!job.served) return 0;
@@ -230,27 +245,29 @@ inline int64_t sum_tokens(const ExpandJob& job, const ExpandUnit& unit) {
   return std::min(std::max<int64_t>(fit, 16), unit.token_end - unit.token_begin);
 }
 
-template <typename T>
+// Floats to the end of their last cache line: what follows them in the scratch is aligned too.
+constexpr int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+template <typename Slots>
 int64_t expand_scratch(const ExpandJob& job, const ExpandUnit& unit) {
-  const int64_t width = unit.column_end - unit.column_begin, cells = cells_of<T>(job.params->r_max);
   int64_t most = 0;
   for (int64_t i = 0; i < unit.num_groups; ++i) most = std::max(most, unit.groups[i].count);
-  return most * cells + std::max(kPackedCells, cells * kPanelColumns) + sum_tokens(job, unit) * width;
+  return Slots::scratch(job, most) + whole_lines(sum_tokens(job, unit) * (unit.column_end - unit.column_begin));
 }
 
-template <typename T>
+template <typename T, typename Slots>
 void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
   const LoraParams& p = *job.params;
   const int64_t begin = unit.column_begin, width = unit.column_end - begin, block = sum_tokens(job, unit);
   T* out = static_cast<T*>(job.out) + begin;
   if (block == 0) {
     const Target<T> target{out, job.out_stride, 0, width, job.accumulate};
-    for (int64_t i = 0; i < unit.num_groups; ++i) expand_slot<T>(job, 0, unit.groups[i], begin, target, scratch);
+    for (int64_t i = 0; i < unit.num_groups; ++i) Slots::template add<T>(job, 0, unit.groups[i], begin, target, scratch);
     return;
   }
   // Terms of a token are added in ascending order of weight, then of slot: the same in every batch.
   float* sums = scratch;
-  scratch += block * width;
+  scratch += whole_lines(block * width);
   for (int64_t token = unit.token_begin; token < unit.token_end; token += block) {
     const int64_t stop = std::min(token + block, unit.token_end);
     std::fill(sums, sums + (stop - token) * width, 0.0f);
@@ -260,7 +277,8 @@ void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
         const Pairs& all = unit.groups[i];
         const int32_t* first = std::lower_bound(all.ids, all.ids + all.count, token * p.num_choices);
         const int32_t* last = std::lower_bound(first, all.ids + all.count, stop * p.num_choices);
-        if (first < last) expand_slot<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
+        if (first < last)
+          Slots::template add<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
       }
     }
     for (int64_t t = token; t < stop; ++t) {

@@ -67,6 +67,10 @@ inline void run_expand_unit(const ExpandJob& job, const ExpandUnit& unit, const 
   variant.expand(job, unit, unit_scratch(variant.expand_scratch(job, unit)));
 }
 
+inline void run_shrink_unit(const LoraParams& p, const ShrinkUnit& unit, const Variant& variant) {
+  variant.shrink(p, unit, unit_scratch(variant.shrink_scratch(unit)));
+}
+
 // h = A x for all groups: units of some tokens and some ranks.
 void run_shrink(const LoraParams& p, const Variant& variant, int threads);
 

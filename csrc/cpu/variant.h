@@ -59,7 +59,8 @@ struct OuterJob {
 struct Variant {
   const char* name;
   int64_t panel_columns;  // widths of column ranges should be multiples of it
-  void (*shrink)(const LoraParams&, const ShrinkUnit&);
+  int64_t (*shrink_scratch)(const ShrinkUnit&);  // floats
+  void (*shrink)(const LoraParams&, const ShrinkUnit&, float* scratch);
   int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
   void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
   int64_t (*back_scratch)();
