@@ -1,31 +1,34 @@
-// shrink and expand of bfloat16 on AMX tiles. One instruction adds 32 products to each of 16 x 16 float32 sums, always in
-// the same order, and the sums of a token are always made of the same instructions: they do not depend on the batch.
+// shrink and expand of bfloat16 on AMX tiles. One instruction adds 32 products to each of 16 x 16 float32 sums, always
+// in the same order, and the sums of a token are always made of the same instructions: they do not depend on the batch.
 #pragma once
 #include "lora_forward.h"
 
 namespace {
 
-constexpr int kTile = 16;                   // rows of a tile, and columns of a tile of sums
-constexpr int64_t kStep = 32;               // terms of a sum that one instruction takes
-constexpr int64_t kPanel = kTile * kStep;   // numbers of a panel in one step
-constexpr int64_t kTileRanks = 64;          // of a slot, at a time: their panels stay in L2
-constexpr int64_t kFewTiles = 64 / kTile;   // tiles of tokens that share a step of a panel in L1
+constexpr int kTile = 16;                  // rows of a tile, and columns of a tile of sums
+constexpr int64_t kStep = 32;              // terms of a sum that one instruction takes
+constexpr int64_t kPanel = kTile * kStep;  // numbers of a panel in one step
+constexpr int64_t kTileRanks = 64;         // of a slot, at a time: their panels stay in L2
+constexpr int64_t kFewTiles = 64 / kTile;  // tiles of tokens that share a step of a panel in L1
 
 constexpr int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
 
-// Gives the thread eight whole tiles, and back what it had: others in the process use them too.
+// Gives the thread tiles, and back what it had: others in the process use them too. Those of the left side and of sums
+// have as many rows as there are tokens, up to 16.
 class Tiles {
  public:
-  Tiles() {
+  explicit Tiles(int64_t tokens) {
     struct alignas(64) {
       uint8_t palette = 1, unused[15] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {kTile, kTile, kTile, kTile, kTile, kTile, kTile, kTile};
-    } whole;
+      uint8_t rows[16] = {};
+    } wanted;
+    for (int i = 0; i < 6; ++i) wanted.rows[i] = static_cast<uint8_t>(std::min<int64_t>(tokens, kTile));
+    wanted.rows[6] = wanted.rows[7] = kTile;
     _tile_storeconfig(before_);
-    asm volatile("" ::"m"(whole) : "memory");
-    _tile_loadconfig(&whole);
+    asm volatile("" ::"m"(wanted) : "memory");
+    _tile_loadconfig(&wanted);
   }
   ~Tiles() {
     if (before_[0])
@@ -40,27 +43,25 @@ class Tiles {
 };
 
 // Rows that run along the sum as the right side: panel[step][pair][row]. Rows from `live` on and terms from `depth` on
-// are zero. Meanwhile the rows that come after these 16 are on their way from memory, if `more` of them exist.
-inline void pack_panel(const bf16* rows, int64_t stride, int live, int64_t depth, bool more, bf16* panel) {
+// are zero.
+inline void pack_panel(const bf16* rows, int64_t stride, int64_t live, int64_t depth, bf16* panel) {
   for (int64_t k = 0; k < depth; k += kStep, panel += kPanel) {
     Vec block[kTile];
     if (live >= kTile && depth - k >= kStep) {
       for (int i = 0; i < kTile; ++i) block[i].v = _mm512_loadu_ps(rows + i * stride + k);
-      if (more)
-        for (int i = 0; i < kTile; ++i) __builtin_prefetch(rows + (kTile + i) * stride + k);
     } else {
       const uint32_t mask = depth - k >= kStep ? ~0u : (1u << (depth - k)) - 1;
       for (int i = 0; i < kTile; ++i)
-        block[i].v = i < live ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows + i * stride + k))
-                              : _mm512_setzero_ps();
+        block[i].v =
+            i < live ? _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, rows + i * stride + k)) : _mm512_setzero_ps();
     }
     vec_transpose(block);
     for (int i = 0; i < kTile; ++i) _mm512_store_ps(panel + i * kStep, block[i].v);
   }
 }
 
-// M tiles of rows on the left, `stride` numbers from each other, times N panels: sums[M * 16][N * 16], to which what was
-// there is added where `resume` says so. M * N <= 4.
+// M tiles of rows on the left, `stride` numbers from each other, times N panels: sums[M * 16][N * 16], to which what
+// was there is added where `resume` says so. M * N <= 4.
 template <int M, int N>
 void multiply(const bf16* left, int64_t stride, const bf16* panel, int64_t panel_size, int64_t steps, bool resume,
               float* sums) {
@@ -104,6 +105,9 @@ void multiply(const bf16* left, int64_t stride, const bf16* panel, int64_t panel
   asm volatile("" ::: "memory");
 }
 
+// The rows that the tiles of `some` tokens of a slot have, which has `all` of them: see Tiles.
+constexpr int64_t tile_rows(int64_t some, int64_t all) { return all <= kTile ? some : tiles_of(some) * kTile; }
+
 // x of some pairs over `depth` columns as tiles of left rows: as it lies, where the tokens follow each other and fill
 // tiles; else a copy with zeros around it.
 struct TokenRows {
@@ -111,13 +115,13 @@ struct TokenRows {
   int64_t stride;
 };
 
-inline TokenRows token_rows(const LoraParams& p, const int32_t* pairs, int64_t count, int64_t begin, int64_t depth,
-                            bf16* copy) {
+inline TokenRows token_rows(const LoraParams& p, const int32_t* pairs, int64_t count, int64_t rows, int64_t begin,
+                            int64_t depth, bf16* copy) {
   const bf16* x = static_cast<const bf16*>(p.x) + begin;
-  if (p.num_choices == 1 && count % kTile == 0 && depth % kStep == 0 && pairs[count - 1] - pairs[0] == count - 1)
+  if (p.num_choices == 1 && rows == count && depth % kStep == 0 && pairs[count - 1] - pairs[0] == count - 1)
     return {x + pairs[0] * p.x_stride, p.x_stride};
   const int64_t width = steps_of(depth) * kStep;
-  for (int64_t i = 0; i < tiles_of(count) * kTile; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     const bf16* from = i < count ? x + token_of(p, pairs[i]) * p.x_stride : nullptr;
     for (int64_t k = 0; k < width; k += kStep) {
       const uint32_t mask = !from ? 0 : depth - k >= kStep ? ~0u : (1u << (depth - k)) - 1;
@@ -151,20 +155,20 @@ inline void shrink_amx(const LoraParams& p, const ShrinkUnit& u, float* scratch)
   const Weight& weight = p.A[u.slice];
   const bf16* rows = static_cast<const bf16*>(weight.data) + u.pairs.slot * weight.slot_stride;
   float* h = p.h + u.slice * p.num_tokens * p.num_choices * p.r_max;
-  const Tiles tiles;
+  const Tiles tiles(u.pairs.count);
   const int64_t tokens = tiles_of(u.pairs.count) * kTile;
   for (int64_t first = u.row_begin; first < u.row_end; first += kTileRanks) {
     const int64_t ranks = std::min(u.row_end - first, kTileRanks), num_panels = tiles_of(ranks);
     for (int64_t begin = 0; begin == 0 || begin < p.d_in; begin += kDotBlock) {
       const int64_t depth = std::min(p.d_in - begin, kDotBlock), steps = steps_of(depth), size = steps * kPanel;
-      for (int64_t n = 0; n < num_panels; ++n) {
-        const int64_t row = first + n * kTile;
-        pack_panel(rows + row * weight.row_stride + begin, weight.row_stride, static_cast<int>(u.row_end - row), depth,
-                   u.row_end - row >= 2 * kTile, panels + n * size);
-      }
+      const bf16* block = rows + first * weight.row_stride + begin;
+      for (int64_t n = 0; n < num_panels; ++n)
+        pack_panel(block + n * kTile * weight.row_stride, weight.row_stride, ranks - n * kTile, depth,
+                   panels + n * size);
       for (int64_t i = 0; i < u.pairs.count; i += kFewTiles * kTile) {
         const int64_t count = std::min(u.pairs.count - i, kFewTiles * kTile);
-        const TokenRows x = token_rows(p, u.pairs.ids + i, count, begin, depth, copy);
+        const int64_t rows_of_tiles = tile_rows(count, u.pairs.count);
+        const TokenRows x = token_rows(p, u.pairs.ids + i, count, rows_of_tiles, begin, depth, copy);
         for (int64_t n = 0; n < num_panels; ++n)
           with_constant<kFewTiles>(static_cast<int>(tiles_of(count)), [&](auto M) {
             multiply<decltype(M)::value, 1>(x.data, x.stride, panels + n * size, 0, steps, begin > 0,
@@ -199,7 +203,7 @@ struct TilePanels {
   // h of the pairs in bfloat16, zero to the ends of the tiles.
   static void pack_left(const ExpandJob& job, int w, const Pairs& pairs, int64_t rank, bf16* left) {
     const int64_t width = steps_of(rank) * kStep;
-    for (int64_t i = 0; i < tiles_of(pairs.count) * kTile; ++i)
+    for (int64_t i = 0; i < tile_rows(pairs.count, pairs.count); ++i)
       for (int64_t k = 0; k < width; k += kTile) {
         const int some = i < pairs.count ? static_cast<int>(std::clamp<int64_t>(rank - k, 0, kTile)) : 0;
         const Vec h = some ? vec_load_n(job.left[w] + pairs.ids[i] * job.params->r_max + k, some) : vec_zero();
@@ -220,14 +224,13 @@ struct TilePanels {
     bf16* const left = reinterpret_cast<bf16*>(scratch + kTokens * kColumns);
     bf16* const panels = left + tiles_of(pairs.count) * size;
     pack_left(job, w, pairs, rank, left);
-    const Tiles tiles;
+    const Tiles tiles(pairs.count);
     const int64_t chunk = pairs.count <= kTile ? kColumns : columns_at_once(job);
     for (int64_t first = 0; first < target.width; first += chunk) {
       const int64_t columns = std::min(chunk, target.width - first);
       for (int64_t n = 0; n < tiles_of(columns); ++n) {
         const int64_t row = first + n * kTile;
-        pack_panel(rows + row * stride, stride, static_cast<int>(target.width - row), rank,
-                   target.width - row >= 2 * kTile, panels + n * size);
+        pack_panel(rows + row * stride, stride, target.width - row, rank, panels + n * size);
       }
       for (int64_t i = 0; i < pairs.count; i += kTokens) {
         const int64_t count = std::min(pairs.count - i, kTokens);

@@ -137,8 +137,16 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name, kPanelColumns, no_scratch, shrink<T>, expand_scratch<Panels<T>>, expand<T, Panels<T>>,
-          back_scratch<T>, back<T>, outer_scratch<T>, outer<T>};
+  return {name,
+          kPanelColumns,
+          no_scratch,
+          shrink<T>,
+          expand_scratch<Panels<T>>,
+          expand<T, Panels<T>>,
+          back_scratch<T>,
+          back<T>,
+          outer_scratch<T>,
+          outer<T>};
 }
 
 // One table entry per Dtype, in its order.

@@ -262,7 +262,8 @@ void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
   T* out = static_cast<T*>(job.out) + begin;
   if (block == 0) {
     const Target<T> target{out, job.out_stride, 0, width, job.accumulate};
-    for (int64_t i = 0; i < unit.num_groups; ++i) Slots::template add<T>(job, 0, unit.groups[i], begin, target, scratch);
+    for (int64_t i = 0; i < unit.num_groups; ++i)
+      Slots::template add<T>(job, 0, unit.groups[i], begin, target, scratch);
     return;
   }
   // Terms of a token are added in ascending order of weight, then of slot: the same in every batch.
@@ -277,8 +278,7 @@ void expand(const ExpandJob& job, const ExpandUnit& unit, float* scratch) {
         const Pairs& all = unit.groups[i];
         const int32_t* first = std::lower_bound(all.ids, all.ids + all.count, token * p.num_choices);
         const int32_t* last = std::lower_bound(first, all.ids + all.count, stop * p.num_choices);
-        if (first < last)
-          Slots::template add<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
+        if (first < last) Slots::template add<T>(job, w, Pairs{all.slot, first, last - first}, begin, target, scratch);
       }
     }
     for (int64_t t = token; t < stop; ++t) {

@@ -58,7 +58,7 @@ struct OuterJob {
 
 struct Variant {
   const char* name;
-  int64_t panel_columns;  // widths of column ranges should be multiples of it
+  int64_t panel_columns;                         // widths of column ranges should be multiples of it
   int64_t (*shrink_scratch)(const ShrinkUnit&);  // floats
   void (*shrink)(const LoraParams&, const ShrinkUnit&, float* scratch);
   int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
