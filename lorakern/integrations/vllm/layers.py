@@ -2,14 +2,14 @@
 
 import functools
 import itertools
-from weakref import WeakValueDictionary
+import weakref
 
 import torch
 
 from lorakern.errors import LorakernError
 from lorakern.integrations.vllm.factors import Factors
 
-_LAYERS: "WeakValueDictionary[str, LayerWrapper]" = WeakValueDictionary()
+_LAYERS: "dict[str, weakref.ref[LayerWrapper]]" = {}
 _NUMBERS = itertools.count()
 _LIBRARY = torch.library.Library("lorakern_vllm", "DEF")
 
@@ -21,7 +21,7 @@ def _define(schema: str):
         name = schema.partition("(")[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(
-            name, lambda out, x, layer, *rest: method(_LAYERS[layer], out, x, *rest), "CompositeExplicitAutograd"
+            name, lambda out, x, layer, *rest: method(_LAYERS[layer](), out, x, *rest), "CompositeExplicitAutograd"
         )
         torch.library.register_fake(f"lorakern_vllm::{name}", lambda *_: None, lib=_LIBRARY)
         op = getattr(torch.ops.lorakern_vllm, name).default
@@ -50,7 +50,8 @@ class LayerWrapper:
         self.wrapper = wrapper
         self.name = str(next(_NUMBERS))
         self.factors = factors
-        _LAYERS[self.name] = self
+        _LAYERS[self.name] = weakref.ref(self)
+        weakref.finalize(self, _LAYERS.pop, self.name)
 
     def __getattr__(self, name):
         if name == "wrapper":

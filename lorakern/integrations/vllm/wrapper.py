@@ -83,7 +83,8 @@ class PunicaWrapper(PunicaWrapperBase):
         """``y[t, slice] += scale * B_slice @ (A_slice @ x[t])``; sampled: the rows are those that get logits."""
         if self._idle:
             return
-        y, x = _rows(y), _rows(x)
+        if x.dim() != 2 or y.dim() != 2:
+            y, x = _rows(y), _rows(x)
         indices, grouped = self._route(x.shape[0], factors.num_slots, sampled)
         scale = None if scale == 1 else scale
         for A, B, ranks, column in factors.groups:
