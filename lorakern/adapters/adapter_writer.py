@@ -89,12 +89,12 @@ class AdapterWriter:
         self._update: FolderUpdate | None = None
 
     def __enter__(self) -> "AdapterWriter":
-        if self.path.exists() and not self.path.is_dir():
-            raise LorakernError(f"{self.path}: this is a file; an adapter is saved to a directory, give one")
-        for file in (self.path / name for name in (WEIGHTS_NAME, CARD_NAME, CONFIG_NAME)):
-            if file.is_dir():
-                raise LorakernError(f"{file}: this is a directory, where a file is to be written; remove it")
         with self._writing():
+            if self.path.exists() and not self.path.is_dir():
+                raise LorakernError(f"{self.path}: this is a file; an adapter is saved to a directory, give one")
+            for file in (self.path / name for name in (WEIGHTS_NAME, CARD_NAME, CONFIG_NAME)):
+                if file.is_dir():
+                    raise LorakernError(f"{file}: this is a directory, where a file is to be written; remove it")
             self._update = FolderUpdate(self.path)
         return self
 

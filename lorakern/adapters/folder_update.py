@@ -27,10 +27,10 @@ class FolderUpdate:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._made = [f for f in (folder, *folder.parents) if not f.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         self._token = secrets.token_hex(8)
         self._streams: dict[str, BinaryIO] = {}
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             self.data = self.create(_LOCK)
             self._begin()
         except BaseException:
