@@ -40,6 +40,38 @@ def entry(shape, offsets, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+class Chain(torch.nn.Module):
+    """Layers of odd sizes whose names end alike."""
+
+    SHAPES = (("first", 7, 5), ("layers.1.proj", 5, 9), ("layers.11.proj", 9, 3), ("layers.11.out_proj", 3, 1))
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(7, 5)
+        self.layers = torch.nn.ModuleDict(
+            {
+                "1": torch.nn.ModuleDict({"proj": torch.nn.Linear(5, 9)}),
+                "11": torch.nn.ModuleDict({"proj": torch.nn.Linear(9, 3), "out_proj": torch.nn.Linear(3, 1)}),
+            }
+        )
+
+    def forward(self, x):
+        for name, *_ in self.SHAPES:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def factors(rank, d_in, d_out, scale, dtype=torch.float32, seed=0):
+    """Random A (rank, d_in), B (d_out, rank), and the scale."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rank, d_in, generator=generator).to(dtype),
+        torch.randn(d_out, rank, generator=generator).to(dtype),
+        scale,
+    )
+
+
 def small(fill=1.0, rank=2):
     """An adapter of two modules that is `fill` all over."""
     factors = (torch.full((rank, 8), fill), torch.full((6, rank), fill), fill / 3)

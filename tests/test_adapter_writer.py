@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from adapter_builders import CONFIG, WEIGHTS, assert_same, small
+from adapter_builders import CONFIG, WEIGHTS, Chain, assert_same, factors, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,37 +23,6 @@ from lorakern.adapters import AdapterWriter, LoraAdapter, open_adapter
 from lorakern.errors import LorakernError
 
 A, B = torch.ones(2, 8), torch.ones(6, 2)
-
-
-class Chain(torch.nn.Module):
-    """Layers of odd sizes whose names end alike."""
-
-    SHAPES = (("first", 7, 5), ("layers.1.proj", 5, 9), ("layers.11.proj", 9, 3), ("layers.11.out_proj", 3, 1))
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(7, 5)
-        self.layers = torch.nn.ModuleDict(
-            {
-                "1": torch.nn.ModuleDict({"proj": torch.nn.Linear(5, 9)}),
-                "11": torch.nn.ModuleDict({"proj": torch.nn.Linear(9, 3), "out_proj": torch.nn.Linear(3, 1)}),
-            }
-        )
-
-    def forward(self, x):
-        for name, *_ in self.SHAPES:
-            x = self.get_submodule(name)(x)
-        return x
-
-
-def factors(rank, d_in, d_out, scale, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(rank, d_in, generator=generator).to(dtype),
-        torch.randn(d_out, rank, generator=generator).to(dtype),
-        scale,
-    )
 
 
 def write_all(path, modules, **options):
