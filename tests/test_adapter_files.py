@@ -76,6 +76,8 @@ def test_an_opened_adapter_is_read_as_it_was(tmp_path):
     with open_adapter(tmp_path) as opened:
         small(2.0).save(tmp_path)
         assert_same(opened, small(1.0))
+        with pytest.raises(LorakernError, match="was replaced while it was read"):
+            opened.map()  # maps by name
     assert_same(LoraAdapter.load(tmp_path), small(2.0))
 
 

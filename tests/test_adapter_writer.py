@@ -1,5 +1,6 @@
 """AdapterWriter: what it writes, what PEFT makes of it, and what is left when it fails, is killed, or is not alone."""
 
+import errno
 import json
 import os
 import random
@@ -267,6 +268,25 @@ def test_only_leftovers_of_writers_are_removed(tmp_path):
         (tmp_path / name).write_text(name)
     small().save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted([*other, CONFIG, WEIGHTS])
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    """There a running writer looks like a dead one, so nothing of another one is removed."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    left = f".lorakern-{16 * 'a'}-data.tmp"
+    (tmp_path / left).touch()
+    monkeypatch.setattr("fcntl.flock", flock)
+    if number == errno.EIO:
+        with pytest.raises(LorakernError, match="cannot be saved"):
+            small().save(tmp_path)
+        assert os.listdir(tmp_path) == [left]
+    else:
+        small().save(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted([left, CONFIG, WEIGHTS])
 
 
 def killed(function):
