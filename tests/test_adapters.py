@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from adapter_builders import assert_same, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,17 +78,6 @@ def lora_layers(model):
     }
     assert layers
     return layers
-
-
-def assert_same(adapter, other):
-    assert list(adapter) == list(other)
-    for module in adapter:
-        for ours, theirs in zip(adapter[module], other[module], strict=True):
-            if isinstance(ours, float):
-                assert ours == theirs
-            else:
-                assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-                assert torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
 
 
 CONFIGS = {
@@ -334,11 +324,6 @@ def test_scales_of_whole_alphas_come_back_exactly(use_rslora):
             assert config.lora_alpha == alpha and isinstance(config.lora_alpha, int)
 
 
-def small(fill=1.0, rank=2):
-    factors = (torch.full((rank, 8), fill), torch.full((6, rank), fill), fill / 3)
-    return LoraAdapter({"layers.0.proj": factors, "layers.1.proj": factors}, task_type="CAUSAL_LM")
-
-
 def test_save_keeps_shared_and_non_default_tensors(tmp_path):
     storage = torch.arange(64.0)
     A = storage[:16].view(2, 8).requires_grad_()
@@ -375,39 +360,36 @@ class Crash(BaseException):
     pass
 
 
-@pytest.mark.parametrize("step", range(9))
-def test_a_save_cut_short_leaves_no_mixture(tmp_path, monkeypatch, step):
-    """Stop before the step-th sync, unlink or rename: two files synced, config unlinked, then sync and rename twice."""
+SAVE_STEPS = ["fsync", "fsync"] + 4 * ["fsync", "replace"] + ["fsync"]
+
+
+@pytest.mark.parametrize("step", range(len(SAVE_STEPS) + 1))
+def test_a_save_cut_short_leaves_the_old_adapter(tmp_path, monkeypatch, step):
+    """Stop before the step-th sync or rename: two files synced, two moved away and two moved in, config out first."""
     small(1.0).save(tmp_path)
     calls = []
 
-    def stopping(function, counts=lambda argument: True):
-        def wrapper(argument, *args, **kwargs):
-            if counts(argument):
-                calls.append(function.__name__)
-                if len(calls) == step + 1:
-                    raise Crash
-            return function(argument, *args, **kwargs)
+    def stopping(function):
+        def wrapper(*args, **kwargs):
+            calls.append(function.__name__)
+            if len(calls) == step + 1:
+                raise Crash
+            return function(*args, **kwargs)
 
         return wrapper
 
-    monkeypatch.setattr(Path, "unlink", stopping(Path.unlink, lambda file: file.suffix != ".tmp"))  # not the clean-up
     monkeypatch.setattr(Path, "replace", stopping(Path.replace))
     monkeypatch.setattr(os, "fsync", stopping(os.fsync))
-    if step < 8:
+    if step < len(SAVE_STEPS):
         with pytest.raises(Crash):
             small(2.0).save(tmp_path)
     else:
         small(2.0).save(tmp_path)
-        assert calls == ["fsync", "fsync", "unlink", "fsync", "replace", "fsync", "replace", "fsync"]
+        assert calls == SAVE_STEPS
     monkeypatch.undo()
 
-    assert not list(tmp_path.glob(".*.tmp"))
-    if 3 <= step < 7:
-        with pytest.raises(LorakernError, match=r"there is no adapter_config\.json"):
-            LoraAdapter.load(tmp_path)
-    else:
-        assert_same(LoraAdapter.load(tmp_path), small(1.0 if step < 3 else 2.0))
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_same(LoraAdapter.load(tmp_path), small(1.0 if step < len(SAVE_STEPS) else 2.0))
 
 
 def test_mapping_pickle_and_repr(tmp_path):

@@ -1,14 +1,15 @@
 """`LoraAdapter`: a LoRA adapter in memory, loaded from and saved to PEFT directories."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
+from lorakern.adapters.adapter_file import open_adapter
+from lorakern.adapters.adapter_writer import AdapterWriter
 from lorakern.adapters.factors import LoraFactors, checked
 from lorakern.adapters.peft_config import AdapterConfig, make_config
-from lorakern.adapters.peft_files import read_adapter, write_adapter
 from lorakern.errors import LorakernError
 
 
@@ -84,16 +85,20 @@ class LoraAdapter(Mapping[str, LoraFactors]):
         return f"LoraAdapter({len(self)} modules, rank {span}, base {base!r}, path {self.path})"
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, check_finite: bool = True) -> "LoraAdapter":
+    def load(
+        cls, path: str | os.PathLike[str], *, check_finite: bool = True, modules: Collection[str] | None = None
+    ) -> "LoraAdapter":
         """Load a PEFT adapter: scale = alpha / r, or alpha / sqrt(r) under use_rslora, module by module.
 
         Tensors are views of the memory-mapped file (private: writing to one changes no file), so a page is read when
         it is first touched. Do not let another program overwrite the file in place meanwhile; `save` never does.
 
         Args:
-            path: a directory with adapter_config.json and adapter_model.safetensors, or a .safetensors file with
-                adapter_config.json beside it. Pickle files (.bin, .pt) are refused unopened.
+            path: a directory with adapter_config.json and adapter_model.safetensors, or a .safetensors file: PEFT's
+                with adapter_config.json beside it, kohya's or diffusers' without, see `open_adapter`. Pickle files
+                (.bin, .pt) are refused unopened.
             check_finite: read every tensor once and refuse NaN and infinity.
+            modules: module names by which to resolve those of a kohya or diffusers file, see `open_adapter`.
 
         Raises `LorakernError`, naming the file and the field or tensor, for a file that is damaged, or that is not a
         plain LoRA (DoRA, lora_bias, modules_to_save, PiSSA without conversion and the like).
@@ -106,10 +111,9 @@ class LoraAdapter(Mapping[str, LoraFactors]):
         ...         print(module, tuple(A.shape), tuple(B.shape), scale)
         proj (2, 8) (6, 2) 0.5
         """
-        path = Path(path)
         adapter = cls.__new__(cls)
-        adapter._factors, adapter.config = read_adapter(path, check_finite)
-        adapter.path = path
+        with open_adapter(path, check_finite=check_finite, modules=modules) as opened:
+            adapter._factors, adapter.config, adapter.path = opened.map(), opened.config, opened.path
         return adapter
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -118,15 +122,13 @@ class LoraAdapter(Mapping[str, LoraFactors]):
         Tensors keep their dtype and bits. A loaded adapter keeps its config; for one made in memory r and lora_alpha
         are the most common ones, and rank_pattern and alpha_pattern name the modules that differ.
 
-        An adapter that is there already is replaced. Both files are written and synced under temporary names first;
-        then the old config goes, the new tensors take their name and the new config takes its own. So after a crash at
-        any moment there is the old adapter, the new one, or a directory without a config, which nothing loads: never
-        tensors beside the config of others.
+        An adapter that is there already is replaced, as `AdapterWriter` does it: after a crash at any moment there is
+        the old adapter, the new one, or a directory without a config, which nothing loads.
 
         Args:
             path: a directory; it is made if it does not exist.
 
-        Raises `LorakernError` if `path` is a file or cannot be written.
+        Raises `LorakernError` if `path` is a file, cannot be written, or another writer is at work there.
 
         >>> import os, tempfile, torch
         >>> from lorakern.adapters import LoraAdapter
@@ -135,4 +137,7 @@ class LoraAdapter(Mapping[str, LoraFactors]):
         ...     sorted(os.listdir(folder))
         ['adapter_config.json', 'adapter_model.safetensors']
         """
-        write_adapter(Path(path), self, self.config)
+        with AdapterWriter(path, check_finite=False) as writer:
+            writer.config = self.config
+            for module, factors in self.items():
+                writer.add(module, factors)

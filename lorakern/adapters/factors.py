@@ -68,12 +68,14 @@ def checked(name: Any, value: Any) -> LoraFactors:
 
 def check_name(name: Any, where: str = "") -> None:
     """Raise unless `name` can be a module path; `where` names the file."""
-    plain = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable() and name == name.strip()
+    plain = isinstance(name, str) and 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+    # an empty part, as in "..", or a slash would make it a file's path for whoever writes one file per module
+    plain = plain and all(part and part == part.strip() for part in name.split(".")) and not set(name) & set("/\\")
     if not plain or name.startswith(PREFIX):
         raise LorakernError(
             f"{where}a module path must be the printable name of a module of the base model, such as "
-            f"'model.layers.0.self_attn.q_proj', without {PREFIX!r} and of at most {MAX_NAME_CHARS} characters; "
-            f"got {show(name)}"
+            f"'model.layers.0.self_attn.q_proj', without {PREFIX!r}, slashes and empty parts, and of at most "
+            f"{MAX_NAME_CHARS} characters; got {show(name)}"
         )
 
 

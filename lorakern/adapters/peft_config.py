@@ -79,15 +79,19 @@ def _divisor(rank: int, use_rslora: bool) -> float:
     return math.sqrt(rank) if use_rslora else rank
 
 
-def read_config(file: Path) -> AdapterConfig:
-    """The config in `file`; raises `LorakernError` for one that is malformed or is not a plain delta."""
-    size = file.stat().st_size
-    if size > MAX_CONFIG_BYTES:
+def parse_config(text: bytes, file: Path) -> AdapterConfig:
+    """The config in `text`, that of `file`; raises `LorakernError` for one that is malformed or is no plain delta."""
+    if len(text) > MAX_CONFIG_BYTES:
         raise LorakernError(
-            f"{file}: the config has {size} bytes, more than the {MAX_CONFIG_BYTES} that an adapter may need; "
+            f"{file}: the config has more than the {MAX_CONFIG_BYTES} bytes that an adapter may need; "
             "this is no PEFT config"
         )
-    fields = parse_object(file.read_bytes(), file, "the config")
+    return config_of(parse_object(text, file, "the config"), file)
+
+
+def config_of(fields: Mapping[str, Any], file: Path) -> AdapterConfig:
+    """The config with these fields; see `parse_config`."""
+    fields = dict(fields)
     check_fields(fields, file)
 
     def take(name: str, kinds: tuple[type, ...], default: Any, says: str) -> Any:

@@ -1,112 +1,85 @@
-"""The two files of a PEFT adapter, read with every check and written so that a crash leaves no mixture."""
+"""The two files of a PEFT adapter: where they are, which tensors make a module, and the scale of each."""
 
-import json
-import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-
-from lorakern.adapters.factors import LoraFactors, check_name, check_shapes
+from lorakern.adapters.factors import check_name, check_shapes
 from lorakern.adapters.json_file import show
-from lorakern.adapters.peft_config import CONFIG_NAME, AdapterConfig, read_config
-from lorakern.adapters.peft_refusals import PREFIX, split_key
-from lorakern.adapters.safetensors_header import TensorInfo, read_header
+from lorakern.adapters.peft_config import CONFIG_NAME, AdapterConfig
+from lorakern.adapters.peft_refusals import split_key
+from lorakern.adapters.safetensors_header import TensorInfo
 from lorakern.errors import LorakernError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 _PICKLE = "it can run code when loaded, so load it in PEFT where you trust it and call save_pretrained"
 
 
-def read_adapter(path: Path, check_finite: bool) -> tuple[dict[str, LoraFactors], AdapterConfig]:
-    """See `LoraAdapter.load`."""
-    try:
-        weights, config_file = _find_files(path)
-        config = read_config(config_file)
-        pairs = _pair_up(read_header(weights), weights)
-        scales = _scales(pairs, config, config_file)
-        with safe_open(weights, framework="pt") as tensors:
-            factors = {
-                module: LoraFactors(_aligned(tensors, a), _aligned(tensors, b), scales[module])
-                for module, (a, b, _) in pairs.items()
-            }
-    except (OSError, SafetensorError) as error:
-        raise LorakernError(f"{path}: the adapter cannot be read ({error}); check the file and its rights") from error
-    if check_finite:
-        _check_finite(factors, weights)
-    return factors, config
+class Pair(NamedTuple):
+    """The names of a module's two tensors, and their rank."""
+
+    A: str
+    B: str
+    rank: int
 
 
-def write_adapter(path: Path, factors: Mapping[str, LoraFactors], config: AdapterConfig) -> None:
-    """See `LoraAdapter.save`."""
-    if path.exists() and not path.is_dir():
-        raise LorakernError(f"{path}: this is a file; an adapter is saved to a directory, give one")
-    # clones, as safetensors takes no tensors that share memory
-    tensors = {
-        f"{PREFIX}{module}.lora_{letter}.weight": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for module, (A, B, _) in factors.items()
-        for letter, tensor in (("A", A), ("B", B))
-    }
-    contents = {
-        WEIGHTS_NAME: to_safetensors(tensors, metadata={"format": "pt"}),
-        CONFIG_NAME: json.dumps(config.to_json(), indent=2).encode(),
-    }
-    try:
-        _replace_files(path, contents)
-    except OSError as error:
-        raise LorakernError(f"{path}: the adapter cannot be saved ({error}); give a directory to write to") from error
-
-
-def _find_files(path: Path) -> tuple[Path, Path]:
-    """The weights and the config; raises `LorakernError` that says what is there instead."""
+def find_files(path: Path) -> tuple[Path, Path | None]:
+    """The weights, and the config or None for a single file; raises `LorakernError` that says what is there instead."""
     if not path.exists():
         raise LorakernError(f"{path}: no such file or directory; download an adapter of the Hugging Face hub first")
-    folder, weights = (path, path / WEIGHTS_NAME) if path.is_dir() else (path.parent, path)
-    config = folder / CONFIG_NAME
-    if not path.is_dir() and path.suffix != ".safetensors":
-        raise LorakernError(
-            f"{path}: not opened, only a directory or a .safetensors file is; a pickle file (.bin, .pt): {_PICKLE}"
-        )
+    if not path.is_dir():
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise LorakernError(
+                f"{path}: not opened, only a directory or a .safetensors file is; a pickle file (.bin, .pt): {_PICKLE}"
+            )
+        config = path.parent / CONFIG_NAME
+        return path, config if config.is_file() else None
+    weights, config = path / WEIGHTS_NAME, path / CONFIG_NAME
     if not config.is_file():
-        names = sorted(str(file.parent) for file in folder.glob(f"*/{CONFIG_NAME}"))
-        hint = f"did you mean {' or '.join(names[:8])}?" if names else "give the directory that PEFT saved to"
-        raise LorakernError(f"{folder}: there is no {CONFIG_NAME} in it; {hint}")
+        names = [str(file.parent) for file in path.glob(f"*/{CONFIG_NAME}")]
+        names += [str(file) for file in path.glob("*.safetensors") if file != weights]
+        hint = f"did you mean {' or '.join(sorted(names)[:8])}?" if names else "give the directory that PEFT saved to"
+        raise LorakernError(f"{path}: there is no {CONFIG_NAME} in it; {hint}")
     if not weights.is_file():
-        pickles = sorted(file for file in folder.glob("adapter_model.*") if file.suffix in (".bin", ".pt", ".pth"))
+        pickles = sorted(file for file in path.glob("adapter_model.*") if file.suffix in (".bin", ".pt", ".pth"))
         hint = f"{pickles[0].name} is not opened: {_PICKLE}" if pickles else "save or download the adapter again"
-        raise LorakernError(f"{folder}: there is no {WEIGHTS_NAME} in it; {hint}")
+        raise LorakernError(f"{path}: there is no {WEIGHTS_NAME} in it; {hint}")
     return weights, config
 
 
-def _pair_up(header: Mapping[str, TensorInfo], file: Path) -> dict[str, tuple[str, str, int]]:
-    """Module path to (key of A, key of B, rank), in file order."""
+def pair_up(keys: Iterable[tuple[str, str, str]], tensors: Mapping[str, TensorInfo], file: Path) -> dict[str, Pair]:
+    """Module path to its `Pair`, in file order, from (module path, "A" or "B", tensor name)."""
     modules: dict[str, dict[str, str]] = {}
-    for key in header:
-        module, letter = split_key(key, file)
+    for module, letter, key in keys:
         check_name(module, f"{file}: ")
-        modules.setdefault(module, {})[letter] = key
+        if other := modules.setdefault(module, {}).get(letter):
+            raise LorakernError(
+                f"{file}: {module} has lora_{letter} twice, as {show(other)} and {show(key)}; remove one of them"
+            )
+        modules[module][letter] = key
     if not modules:
         raise LorakernError(f"{file}: the file holds no tensors; save the adapter again")
     pairs = {}
-    for module, keys in modules.items():
-        if len(keys) != 2:
-            there, missing = ("A", "B") if "A" in keys else ("B", "A")
+    for module, letters in modules.items():
+        if len(letters) != 2:
+            there, missing = ("A", "B") if "A" in letters else ("B", "A")
             raise LorakernError(
                 f"{file}: {module} has lora_{there} but no lora_{missing}; the file is incomplete, save it again"
             )
-        a, b = keys["A"], keys["B"]
-        check_shapes(f"{file}: {module}", header[a].shape, header[b].shape)
-        pairs[module] = (a, b, header[a].shape[0])
+        a, b = letters["A"], letters["B"]
+        check_shapes(f"{file}: {module}", tensors[a].shape, tensors[b].shape)
+        pairs[module] = Pair(a, b, tensors[a].shape[0])
     return pairs
 
 
-def _scales(pairs: Mapping[str, tuple[str, str, int]], config: AdapterConfig, file: Path) -> dict[str, float]:
+def peft_pairs(tensors: Mapping[str, TensorInfo], file: Path) -> dict[str, Pair]:
+    """Module path to its `Pair`, for a file in PEFT's format."""
+    return pair_up(((*split_key(key, file), key) for key in tensors), tensors, file)
+
+
+def peft_scales(ranks: Mapping[str, int], config: AdapterConfig, file: Path) -> dict[str, float]:
     """Module path to scale; raises where config and tensors disagree, as PEFT would refuse or drop the tensors."""
-    ranks = {module: rank for module, (_, _, rank) in pairs.items()}
     for module, rank in config.ranks(ranks, file).items():
         if rank != ranks[module]:
             raise LorakernError(
@@ -119,48 +92,3 @@ def _scales(pairs: Mapping[str, tuple[str, str, int]], config: AdapterConfig, fi
             "tensors, and PEFT would not apply them; add the module to the list, or remove the tensors"
         )
     return config.scales(ranks, file)
-
-
-def _aligned(tensors: Any, key: str) -> torch.Tensor:
-    """A view of the mapped file, or a copy where the file places the tensor across its dtype's alignment."""
-    tensor = tensors.get_tensor(key)
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
-def _check_finite(factors: Mapping[str, LoraFactors], file: Path) -> None:
-    for module, (A, B, _) in factors.items():
-        for letter, tensor in (("A", A), ("B", B)):
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            if bad:
-                raise LorakernError(
-                    f"{file}: lora_{letter} of {module} has {bad} values that are NaN or infinite; the training went "
-                    "wrong, or load with check_finite=False"
-                )
-
-
-def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files under temporary names, sync them, and rename them in order; the last one is away meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = {name: folder / f".{name}.{secrets.token_hex(4)}.tmp" for name in contents}
-    try:
-        for name, content in contents.items():
-            with temporary[name].open("xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        (folder / list(contents)[-1]).unlink(missing_ok=True)
-        for name in contents:
-            _sync(folder)  # each step is on the disk before the next one
-            temporary[name].replace(folder / name)
-        _sync(folder)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

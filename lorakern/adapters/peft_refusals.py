@@ -90,7 +90,11 @@ _KEYS = (
     (r"lora_diag", "kasa_config: " + _VARIANTS["kasa_config"]),
     (r"lora_velora", "velora_config: " + _VARIANTS["velora_config"]),
     (r"lora_[AB]\.\w+\.weight$", "it has an adapter name in it; save with PEFT's save_pretrained, which takes it out"),
-    (r"lora_(down|up)\.weight$|\.alpha$", "it is of a kohya file; convert the file to PEFT format"),
+    (
+        r"lora_(down|up)\.weight$|\.alpha$",
+        "it is of a kohya file, for which this config says nothing; move the file to a folder "
+        "without adapter_config.json to load it as one",
+    ),
 )
 _FACTOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
 
