@@ -1,4 +1,4 @@
-"""Trimming, dropping, sign election and disjoint mean, on stacks (T, ...) of one tensor per adapter.
+"""Trimming, dropping, sign election and disjoint mean, on stacks (T, ...) of one tensor per adapter, made for them.
 
 The formulas are those of TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099), with PEFT's conventions: signs are
 elected before the weights are applied, a sum of zero elects +, and a zero takes part in neither the vote nor the mean.
@@ -25,18 +25,21 @@ def keep_random(tensor: torch.Tensor, density: float, generator: torch.Generator
 
 
 def weighted_sum(stack: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_i w_i x_i."""
-    return (stack * _column(weights, stack)).sum(0)
+    """sum_i w_i x_i; the stack is overwritten."""
+    return stack.mul_(_column(weights, stack)).sum(0)
 
 
 def disjoint_mean(stack: torch.Tensor, weights: torch.Tensor, majority_sign_method: str) -> torch.Tensor:
-    """The mean of w_i x_i over those i whose x_i has the elected sign: that of sum_i x_i, or of sum_i sign(x_i)."""
+    """The mean of w_i x_i over those i whose x_i has the elected sign: that of sum_i x_i, or of sum_i sign(x_i).
+
+    The stack is overwritten.
+    """
     sign = stack.sign()
     votes = (stack if majority_sign_method == "total" else sign).sum(0)
     elected = (votes >= 0).to(stack.dtype).mul_(2).sub_(1)
     # as numbers rather than bools: products of floats with bools are several times slower on a CPU
     agrees = torch.eq(sign, elected, out=sign)
-    return (stack * _column(weights, stack) * agrees).sum(0) / agrees.sum(0).clamp_(min=1)
+    return stack.mul_(_column(weights, stack)).mul_(agrees).sum(0) / agrees.sum(0).clamp_(min=1)
 
 
 def _column(weights: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:

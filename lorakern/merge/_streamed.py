@@ -2,7 +2,7 @@
 
 A tile is a few rows of every adapter's scale * B @ A, one GEMM each. The k-th largest magnitude is found exactly by a
 radix select over the bits of the float32 values, in two passes over the tiles; the best low-rank factors come from a
-randomised subspace iteration (arXiv 0909.4061), each step of which is one pass.
+randomised block Krylov iteration (arXiv 1504.05477), each step of which is one pass.
 """
 
 import math
@@ -18,7 +18,7 @@ from lorakern.merge.registry import Term
 TILE_ROWS = 64
 DENSE_NUMEL = 1 << 18  # below, the singular value decomposition of the whole matrix takes less than the passes
 OVERSAMPLING = 16
-ITERATIONS = 3
+STEPS = 3
 _LOW_BITS = 16
 
 
@@ -47,9 +47,10 @@ class StreamedUpdate:
     def low_rank(self, rank: int | float | None, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) of rank at most `rank`, or the largest of the adapters'.
 
-        Exact for matrices of up to `DENSE_NUMEL` entries. Beyond, ``ITERATIONS`` steps of subspace iteration with
-        ``OVERSAMPLING`` more columns than ranks, then the best approximation inside the subspace found: the error is
-        the optimal one times 1 + a few 1e-4 even where no singular value stands out (measured in the tests).
+        Exact for matrices of up to `DENSE_NUMEL` entries. Beyond, the best approximation whose rows lie in the span of
+        X, W^T W X, .., (W^T W)^STEPS X for a random X with ``OVERSAMPLING`` more columns than ranks. Its error is the
+        optimal one times 1 + e: e is below 1e-3 for all but the flattest spectra and was below 3e-3 for those (four
+        adapters of random factors, a tenth of their entries kept, 64 of 1000 ranks).
         """
         if isinstance(rank, float):
             raise LorakernError(
@@ -63,16 +64,15 @@ class StreamedUpdate:
             keep = min(rank, int((S > 0).sum()))
             root = S[:keep].sqrt()
             return root[:, None] * Vh[:keep], U[:, :keep] * root
-        basis = self._guess(min(rank + OVERSAMPLING, d_in), generator)
-        for _ in range(ITERATIONS):
-            basis = _orthonormal(self._product(basis)[1])
-        A, B, _ = truncate([(basis.T, self._product(basis)[0], 1.0)], rank)
+        random = torch.randn(d_in, min(rank + OVERSAMPLING, d_in), generator=generator)
+        blocks, images = [_orthogonal([], random.to(self._factors[0][0].device))], []
+        for _ in range(STEPS):
+            image, back = self._product(blocks[-1])
+            images.append(image)
+            blocks.append(_orthogonal(blocks, back))
+        images.append(self._product(blocks[-1])[0])
+        A, B, _ = truncate([(torch.cat(blocks, dim=1).T, torch.cat(images, dim=1), 1.0)], rank)
         return A, B
-
-    def _guess(self, width: int, generator: torch.Generator) -> torch.Tensor:
-        """(d_in, width) orthonormal."""
-        A = self._factors[0][0]
-        return _orthonormal(torch.randn(A.shape[1], width, generator=generator).to(A.device))
 
     def _product(self, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(W X, W^T W X) for the matrix W and a basis X, in one pass."""
@@ -120,7 +120,7 @@ def trim(stack: torch.Tensor, limits: Sequence[float]) -> torch.Tensor:
 def drop(
     terms: Sequence[Term], density: float, generator: torch.Generator
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
-    """(stack, first row) -> the stack with each entry zeroed with probability 1 - density, else divided by density."""
+    """(stack, first row) -> the stack, in place, with each entry zeroed with probability 1 - density."""
     if density == 1:
         return lambda stack, start: stack
     shape = (terms[0].B.shape[0], terms[0].A.shape[1])
@@ -129,7 +129,7 @@ def drop(
     def dropped(stack: torch.Tensor, start: int) -> torch.Tensor:
         for rows, mask in zip(stack, masks, strict=True):
             rows *= mask.rows(start, start + len(rows))
-        return stack.div_(density)
+        return stack
 
     return dropped
 
@@ -140,9 +140,12 @@ def _scaled(terms: Sequence[Term]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _stacks(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, (T, rows, d_in)) tiles; each one has a memory of its own."""
-    d_out = factors[0][1].shape[0]
+    d_out, d_in = factors[0][1].shape[0], factors[0][0].shape[1]
     for start in range(0, d_out, TILE_ROWS):
-        yield start, torch.stack([B[start : start + TILE_ROWS] @ A for A, B in factors])
+        stack = factors[0][0].new_empty(len(factors), min(TILE_ROWS, d_out - start), d_in)
+        for rows, (A, B) in zip(stack, factors, strict=True):
+            torch.mm(B[start : start + TILE_ROWS], A, out=rows)
+        yield start, stack
 
 
 def _magnitude_bits(stack: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -159,5 +162,8 @@ def _descend(counts: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, 
     return counts.shape[1] - 1 - place, wanted - above
 
 
-def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.qr(columns.double())[0].float()
+def _orthogonal(blocks: Sequence[torch.Tensor], columns: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns, as many as there is room for, that with those of the blocks span `columns` too."""
+    # float64, as little may be left of the columns once the blocks' part is taken out of them
+    together = torch.linalg.qr(torch.cat([*blocks, columns], dim=1).double())[0].float()
+    return together[:, sum(block.shape[1] for block in blocks) :]

@@ -34,5 +34,5 @@ def dare_linear(terms: list[Term], rank: int | float | None, generator: torch.Ge
 def update(terms: list[Term], generator: torch.Generator, density: float) -> StreamedUpdate:
     """The sum of `dare_linear`, before it is truncated."""
     dropped = drop(terms, density, generator)
-    weights = torch.tensor([term.weight for term in terms], device=terms[0].A.device)
+    weights = torch.tensor([term.weight / density for term in terms], device=terms[0].A.device)
     return StreamedUpdate(terms, lambda stack, start: weighted_sum(dropped(stack, start), weights))

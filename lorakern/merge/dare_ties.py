@@ -40,7 +40,7 @@ def dare_ties(
 def update(terms: list[Term], generator: torch.Generator, density: float, majority_sign_method: str) -> StreamedUpdate:
     """The mean of `dare_ties`, before it is truncated."""
     dropped = drop(terms, density, generator)
-    weights = torch.tensor([term.weight for term in terms], device=terms[0].A.device)
+    weights = torch.tensor([term.weight / density for term in terms], device=terms[0].A.device)
     return StreamedUpdate(
         terms, lambda stack, start: disjoint_mean(dropped(stack, start), weights, majority_sign_method)
     )

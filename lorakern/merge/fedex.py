@@ -4,7 +4,6 @@ import torch
 
 from lorakern.errors import LorakernError
 from lorakern.merge._padded import stacked_A, stacked_B
-from lorakern.merge._sparsify import weighted_sum
 from lorakern.merge._truncate import truncate
 from lorakern.merge.registry import Term, method
 
@@ -46,7 +45,7 @@ def fedex(terms: list[Term], rank: int | float | None, generator: torch.Generato
     A = stacked_A([term.A.double() for term in terms])
     B = stacked_B([term.B.double() * term.scale for term in terms])
     shares = torch.tensor([term.weight / total for term in terms], dtype=A.dtype, device=A.device)
-    mean_A, mean_B = weighted_sum(A, shares), weighted_sum(B, shares)
+    mean_A, mean_B = torch.tensordot(shares, A, 1), torch.tensordot(shares, B, 1)
     residual = [(A[i] - mean_A, B[i] - B[-1], total * float(share)) for i, share in enumerate(shares[:-1])]
     if rank is not None and r < rank < len(terms) * r:
         A, B, _ = truncate(residual, rank - r)
