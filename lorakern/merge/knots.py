@@ -7,8 +7,10 @@ from lorakern.merge._sparsify import disjoint_mean, keep_largest
 from lorakern.merge.options import Density, SignMethod
 from lorakern.merge.registry import Term, method
 
-# of float32 factors, relative to the largest singular value
+# Relative to the largest singular value: that of float32 factors.
 ROUNDING = 1e-6
+# What float64 leaves of a coordinate that is zero, at the smallest singular value kept; it must not vote.
+NO_COORDINATE = 1e-9
 
 
 @method("knots")
@@ -24,7 +26,8 @@ def knots(
 
     ``D_i = s_i B_i A_i``; the V_i (R, d_in) are merged as `ties` merges updates, trim, election and weighted disjoint
     mean, and the merged update is ``U S V``, of rank R at most. R is the rank of ``[D_1 .. D_T]``, at most the sum of
-    the ranks: directions whose singular value is rounding error are left out before the trim.
+    the ranks: directions whose singular value is rounding error are left out before the trim, and a coordinate that
+    is rounding error is zero: it neither votes nor counts.
 
     U, S and V come from a QR of ``[B_1 .. B_T]`` and of every ``A_i^T`` and the singular value decomposition of an
     (R, R) matrix, in float64; no update is formed.
@@ -48,7 +51,8 @@ def knots(
     U, S, Vh = torch.linalg.svd(torch.cat(blocks, dim=1), full_matrices=False)
     keep = int(S.gt(S[0] * ROUNDING).sum())
     parts = Vh[:keep].split([block.shape[1] for block in blocks], dim=1)
-    aligned = [keep_largest(part @ basis.T, density) for part, (basis, _) in zip(parts, rights, strict=True)]
+    coordinates = [part @ basis.T for part, (basis, _) in zip(parts, rights, strict=True)]
+    aligned = [keep_largest(V.where(V.abs() > NO_COORDINATE, 0.0), density) for V in coordinates]
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=left.device)
     A = disjoint_mean(torch.stack(aligned), weights, majority_sign_method)
     return at_rank(A, left @ (U[:, :keep] * S[:keep]), 1.0, rank)
