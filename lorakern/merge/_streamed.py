@@ -15,7 +15,8 @@ from lorakern.merge._sparsify import CounterMask
 from lorakern.merge._truncate import truncate
 from lorakern.merge.registry import Term
 
-TILE_ROWS = 64
+TILE_NUMEL = 1 << 19  # of all adapters together: what stays in a cache
+LEAST_ROWS = 16
 DENSE_NUMEL = 1 << 18  # below, the singular value decomposition of the whole matrix takes less than the passes
 OVERSAMPLING = 16
 STEPS = 3
@@ -141,10 +142,11 @@ def _scaled(terms: Sequence[Term]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def _stacks(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, (T, rows, d_in)) tiles; each one has a memory of its own."""
     d_out, d_in = factors[0][1].shape[0], factors[0][0].shape[1]
-    for start in range(0, d_out, TILE_ROWS):
-        stack = factors[0][0].new_empty(len(factors), min(TILE_ROWS, d_out - start), d_in)
+    height = max(LEAST_ROWS, TILE_NUMEL // (len(factors) * d_in))
+    for start in range(0, d_out, height):
+        stack = factors[0][0].new_empty(len(factors), min(height, d_out - start), d_in)
         for rows, (A, B) in zip(stack, factors, strict=True):
-            torch.mm(B[start : start + TILE_ROWS], A, out=rows)
+            torch.mm(B[start : start + height], A, out=rows)
         yield start, stack
 
 
