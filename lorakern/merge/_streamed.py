@@ -77,11 +77,12 @@ class StreamedUpdate:
 
     def _product(self, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(W X, W^T W X) for the matrix W and a basis X, in one pass."""
-        image, back = [], torch.zeros_like(basis)
-        for _, rows in self.tiles():
-            image.append(rows @ basis)
-            back.addmm_(rows.T, image[-1])
-        return torch.cat(image), back
+        # made before the tiles: small pieces that stay, allocated among large ones that go, would fragment the heap
+        image, back = basis.new_empty(self.shape[0], basis.shape[1]), torch.zeros_like(basis)
+        for start, rows in self.tiles():
+            part = torch.mm(rows, basis, out=image[start : start + len(rows)])
+            back.addmm_(rows.T, part)
+        return image, back
 
 
 def thresholds(terms: Sequence[Term], density: float) -> list[float]:
@@ -140,11 +141,12 @@ def _scaled(terms: Sequence[Term]) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _stacks(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, (T, rows, d_in)) tiles; each one has a memory of its own."""
+    """(first row, (T, rows, d_in)) tiles; each one is in the memory of the one before."""
     d_out, d_in = factors[0][1].shape[0], factors[0][0].shape[1]
     height = max(LEAST_ROWS, TILE_NUMEL // (len(factors) * d_in))
+    buffer = factors[0][0].new_empty(len(factors), min(height, d_out), d_in)
     for start in range(0, d_out, height):
-        stack = factors[0][0].new_empty(len(factors), min(height, d_out - start), d_in)
+        stack = buffer[:, : d_out - start]
         for rows, (A, B) in zip(stack, factors, strict=True):
             torch.mm(B[start : start + height], A, out=rows)
         yield start, stack
