@@ -127,6 +127,7 @@ setup(
         "lorakern.demo",
         "lorakern.integrations",
         "lorakern.integrations.vllm",
+        "lorakern.merge",
         "lorakern.ops",
         "lorakern.triton_kernels",
     ],

@@ -6,6 +6,7 @@ from pathlib import Path as _Path
 if _find_spec("lorakern.triton_kernels") is None:  # an uninstalled checkout keeps that folder beside this one
     __path__.append(str(_Path(__file__).resolve().parents[1]))
 
+from lorakern import merge
 from lorakern.adapters import LoraAdapter, LoraFactors
 from lorakern.backends import use_backend
 from lorakern.errors import LorakernError
@@ -22,6 +23,7 @@ __all__ = [
     "expand",
     "info",
     "lora_delta",
+    "merge",
     "plan",
     "sgmv",
     "shrink",

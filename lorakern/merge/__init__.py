@@ -1,0 +1,57 @@
+"""Merge LoRA adapters into one, from their factors.
+
+``lorakern.merge`` is this package, and calling it is calling `merge`: ``lk.merge([a, b], method="ties")``. Every method
+is a file here, found by its name in `methods`; `method` (a decorator) and `register` add one.
+"""
+
+import inspect
+import sys
+import types
+
+from lorakern.merge import (  # noqa: F401  importing a method's file registers it
+    cat,
+    dare_linear,
+    dare_ties,
+    fedex,
+    knots,
+    linear,
+    lorahub_linear,
+    magnitude_prune,
+    peft_dare_linear,
+    peft_dare_ties,
+    peft_linear,
+    peft_magnitude_prune,
+    peft_ties,
+    svd,
+    ties,
+)
+from lorakern.merge.driver import merge, merge_modules, module_generator
+from lorakern.merge.options import Density, Option, Range, SignMethod
+from lorakern.merge.registry import Method, Term, method, methods, register
+
+__all__ = [
+    "Density",
+    "Method",
+    "Option",
+    "Range",
+    "SignMethod",
+    "Term",
+    "merge",
+    "merge_modules",
+    "method",
+    "methods",
+    "module_generator",
+    "register",
+]
+
+
+class _MergePackage(types.ModuleType):
+    """A package that can be called: importing lorakern.merge binds that name to the package, whatever lorakern says."""
+
+    __signature__ = inspect.signature(merge)
+
+    def __call__(self, *args, **kwargs):
+        return merge(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _MergePackage
