@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/gram.h"
 #include "cpu/lora.h"
 #include "cpu/probe.h"
 #include "cpu/threads.h"
@@ -23,7 +24,9 @@ using IndexTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;            
 using SizeTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;  // dtype, T, K, slots, r_max, d_in
 using MatrixTuple = std::tuple<uintptr_t, int64_t>;                              // data, row stride
 using RoutingTuple =
-    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scale ranks gates order starts
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;   // scale ranks gates order starts
+using SetTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // data, dtype, rows, row and column stride
+using GramTuple = std::tuple<int64_t, int64_t, uintptr_t>;               // sets, columns, out
 
 cpu::Indices indices_of(const IndexTuple& t) {
   return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -113,6 +116,24 @@ void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<Wei
   cpu::backward(g, indices_of(indices), threads);
 }
 
+// Each problem has the next `num_sets` of the sets.
+void gram(const std::vector<SetTuple>& sets, const std::vector<GramTuple>& problems, int threads) {
+  std::vector<RowSet> rows;
+  rows.reserve(sets.size());
+  for (const auto& [data, dtype, count, row_stride, column_stride] : sets)
+    rows.push_back({pointer<const void>(data), static_cast<Dtype>(dtype), count, row_stride, column_stride});
+  std::vector<GramProblem> given;
+  const RowSet* next = rows.data();
+  for (const auto& [num_sets, columns, out] : problems) {
+    int64_t total = 0;
+    for (int64_t s = 0; s < num_sets; ++s) total += next[s].rows;
+    given.push_back({next, num_sets, total, columns, pointer<double>(out)});
+    next += num_sets;
+  }
+  py::gil_scoped_release release;
+  cpu::gram(given, threads);
+}
+
 uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   return cpu::read_buffer(pointer<const void>(data), bytes, threads);
@@ -137,6 +158,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("expand", &expand);
   m.def("bgmv", &bgmv);
   m.def("backward", &backward);
+  m.def("gram", &gram);
   m.def("usable_isas", &cpu::usable_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("force_isa", &cpu::force_isa);

@@ -18,7 +18,8 @@
 
 namespace lorakern {
 
-enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// float64: rows of a Gram matrix only.
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 constexpr int kMaxSlices = 8;
 
@@ -51,6 +52,18 @@ struct LoraParams {
   Plan plan;
   bool accumulate;  // y += or y =, for tokens that have an adapter
   bool packed;      // B is
+};
+
+struct RowSet {  // some rows of X: element (row, column) lies at data + row * row_stride + column * column_stride
+  const void* data;
+  Dtype dtype;
+  int64_t rows, row_stride, column_stride;
+};
+
+struct GramProblem {  // out = X X^T in float64, X the rows of all sets one below the other
+  const RowSet* sets;
+  int64_t num_sets, rows, columns;
+  double* out;  // (rows, rows) contiguous
 };
 
 struct LoraGradParams {  // gradients of y = delta(x): any output may be null

@@ -1,5 +1,6 @@
 // The backward of shrink and expand as units of work, on the same micro-kernels.
 #pragma once
+#include "gram_unit.h"
 #include "lora_forward.h"
 
 namespace {
@@ -137,8 +138,8 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name,    kPanelColumns,    shrink<T>, expand_scratch<T>, expand<T>, back_scratch<T>,
-          back<T>, outer_scratch<T>, outer<T>};
+  return {name,    kPanelColumns,    shrink<T>, expand_scratch<T>, expand<T>,    back_scratch<T>,
+          back<T>, outer_scratch<T>, outer<T>,  gram_width,        gram_scratch, gram};
 }
 
 // One table entry per Dtype, in its order.

@@ -56,6 +56,13 @@ struct OuterJob {
   bool transposed;
 };
 
+// The sums over some columns of the products of all rows of a problem.
+struct GramUnit {
+  const GramProblem* problem;
+  int64_t column_begin, column_end;
+  double* out;  // (width, width) with width = gram_width(rows); only what is on or right of the diagonal means anything
+};
+
 struct Variant {
   const char* name;
   int64_t panel_columns;  // widths of column ranges should be multiples of it
@@ -66,6 +73,9 @@ struct Variant {
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
   int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
+  int64_t (*gram_width)(int64_t rows);
+  int64_t (*gram_scratch)(int64_t rows);  // doubles
+  void (*gram)(const GramUnit&, double* scratch);
 };
 
 constexpr int64_t kSumFloats = 1 << 17;  // of float32 sums a thread keeps where tokens get several terms: half of L2

@@ -1,6 +1,6 @@
 """The backends, and the one place that picks among them.
 
-Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup``, the functions that
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram``, the functions that
 it implements; where it cannot take every layer also refuses(op, layer), the reason why it leaves one to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
@@ -20,13 +20,14 @@ BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
 # What serves each op by default, best first.
 _ORDER = {
-    "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward")},
+    "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram")},
     "cuda": {
         "plan": (cuda, triton),
         "shrink": (cuda, triton),
         "expand": (cuda, triton),
         "bgmv": (cuda, triton),
         "backward": (cuda, triton),
+        "gram": (reference,),  # no kernel of ours yet: torch.mm in float64
     },
 }
 

@@ -74,6 +74,22 @@ def _write(y, columns, y_offset, run):
         target.copy_(copy)
 
 
+def gram(rows, sizes):
+    types = _DTYPES | {torch.float64: 3}
+    for tensor in rows:
+        if tensor.device.type != "cpu":
+            raise LorakernError(f"gram: the cpu backend takes tensors on the CPU; got one on {tensor.device}")
+    sets = [(t.data_ptr(), types[t.dtype], t.shape[0], *t.stride()) for t in rows]
+    problems, out, first = [], [], 0
+    for size in sizes:
+        count = sum(s[2] for s in sets[first : first + size])
+        out.append(torch.empty(count, count, dtype=torch.float64))
+        problems.append((size, rows[first].shape[1], out[-1].data_ptr()))
+        first += size
+    _call(_cpu.gram, sets, problems)
+    return out
+
+
 def plan(indices, num_slots):
     order = torch.empty(indices.numel(), dtype=torch.int32)
     starts = torch.empty(num_slots + 1, dtype=torch.int32)

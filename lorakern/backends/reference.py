@@ -16,6 +16,13 @@ def missing():
     return None
 
 
+def gram(rows, sizes):
+    """X X^T in float64 for each problem, X being the next `size` of the (r, columns) matrices, one below the other."""
+    rest = iter(rows)
+    stacked = (torch.cat([next(rest).double() for _ in range(size)]) for size in sizes)
+    return [x @ x.T for x in stacked]
+
+
 def plan(indices, num_slots):
     """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32."""
     slots = indices.reshape(-1).long()
