@@ -60,10 +60,33 @@ struct RowSet {  // some rows of X: element (row, column) lies at data + row * r
   int64_t rows, row_stride, column_stride;
 };
 
-struct GramProblem {  // out = X X^T in float64, X the rows of all sets one below the other
+struct Rows {  // X: the rows of all sets, one below the other
   const RowSet* sets;
   int64_t num_sets, rows, columns;
-  double* out;  // (rows, rows) contiguous
+};
+
+struct GramProblem {  // out = X X^T in float64
+  Rows x;
+  double* out;  // (rows, rows)
+};
+
+constexpr int kProbes = 16;
+
+struct SketchProblem {  // products = X probes^T and norms[r] = ||X_r||^2, in float64
+  Rows x;
+  const double* probes;  // (columns, kProbes)
+  double* out;           // (rows, kProbes + 1): products, then the norm
+};
+
+// The lines of a matrix L = sum over rows r of X_r products_r^T, that is (columns, kProbes); and of its part from the
+// first `first` rows.
+struct LinesProblem {
+  Rows x;
+  const double* products;  // (rows, kProbes)
+  int64_t first;
+  const double* factors;  // (rows), from row `first` on: line k may have the square allowed + sum_r factors[r] X_rk^2
+  double allowed;
+  double* out;  // ||L||^2 / kProbes, the same of the part, largest square of a line over what it may have, that line
 };
 
 struct LoraGradParams {  // gradients of y = delta(x): any output may be null

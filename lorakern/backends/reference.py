@@ -16,11 +16,35 @@ def missing():
     return None
 
 
-def gram(rows, sizes):
-    """X X^T in float64 for each problem, X being the next `size` of the (r, columns) matrices, one below the other."""
+def _stacked(rows, sizes):
+    """X of each problem in float64: the next `size` of the (r, columns) matrices, one below the other."""
     rest = iter(rows)
-    stacked = (torch.cat([next(rest).double() for _ in range(size)]) for size in sizes)
-    return [x @ x.T for x in stacked]
+    return [torch.cat([next(rest).double() for _ in range(size)]) for size in sizes]
+
+
+def gram(rows, sizes):
+    """X X^T of each problem."""
+    return [x @ x.T for x in _stacked(rows, sizes)]
+
+
+def sketch(rows, sizes, probes):
+    """[X probes, ||X_r||^2] of each problem: (R, probes + 1)."""
+    return [
+        torch.cat([x @ p, x.square().sum(dim=1, keepdim=True)], dim=1)
+        for x, p in zip(_stacked(rows, sizes), probes, strict=True)
+    ]
+
+
+def lines(rows, sizes, products, firsts, factors, allowed):
+    """(problems, 4): ||L||^2 / probes for L = X^T products, the same of the first rows' part, the worst line, which."""
+    out = []
+    for x, p, first, f, a in zip(_stacked(rows, sizes), products, firsts, factors, allowed, strict=True):
+        squares = (x.T @ p).square().mean(dim=1)
+        part = (x[:first].T @ p[:first]).square().mean(dim=1)
+        ratios = torch.where(squares > 0, squares / (a + x[first:].T.square() @ f[first:]), 0.0)
+        worst, line = ratios.max(dim=0)
+        out.append(torch.stack([squares.sum(), part.sum(), worst, line.double()]))
+    return torch.stack(out)
 
 
 def plan(indices, num_slots):

@@ -104,21 +104,27 @@ def not_finite(tensor: torch.Tensor) -> str | None:
 
 def grams(op: str, sums: Sequence[LowRankSum]) -> Iterator[tuple[LowRankSum, torch.Tensor, torch.Tensor]]:
     """(sum, A A^T, B^T B) of every sum, A and B its concatenated factors; raises where a factor is not finite."""
-    for batch in batches(op, sums):
+    check_one_device(op, sums)
+    for batch in _batches(sums):
         flat = gram([matrices for s in batch for matrices in (s.A, [b.T for b in s.B])])
         for s, gram_a, gram_b in zip(batch, flat[::2], flat[1::2], strict=True):
             check_finite(op, s, gram_a, gram_b)
             yield s, gram_a, gram_b
 
 
-def batches(op: str, sums: Sequence[LowRankSum], extra: int = 0) -> Iterator[list[LowRankSum]]:
-    """The sums, some at a time, so that their Gram matrices (of `extra` further rows) stay small."""
-    batch, doubles = [], 0
+def check_one_device(op: str, sums: Sequence[LowRankSum]) -> None:
+    """Raise `LorakernError` unless all modules lie on one device."""
     for s in sums:
         if s.A[0].device != sums[0].A[0].device:
             got = f"{s.A[0].device} for module {s.name!r}"
             check.fail(op, "the modules", f"all be on one device ({sums[0].A[0].device})", got)
-        size = 2 * (s.rank + extra) ** 2
+
+
+def _batches(sums: Sequence[LowRankSum]) -> Iterator[list[LowRankSum]]:
+    """The sums, some at a time, so that their Gram matrices stay small."""
+    batch, doubles = [], 0
+    for s in sums:
+        size = 2 * s.rank**2
         if batch and doubles + size > _GRAM_DOUBLES:
             yield batch
             batch, doubles = [], 0
@@ -128,9 +134,9 @@ def batches(op: str, sums: Sequence[LowRankSum], extra: int = 0) -> Iterator[lis
         yield batch
 
 
-def unusable(s: LowRankSum, gram_a: torch.Tensor, gram_b: torch.Tensor, labels: Sequence[str]) -> str | None:
-    """What of the factors (terms are called `labels`) makes the Gram matrices infinite or NaN; None if nothing does."""
-    if math.isfinite(float(gram_a.diagonal().sum() + gram_b.diagonal().sum())):
+def unusable(s: LowRankSum, a: torch.Tensor, b: torch.Tensor, labels: Sequence[str]) -> str | None:
+    """What of the factors (terms are called `labels`) makes a norm of `a` or `b` infinite or NaN; None if none is."""
+    if math.isfinite(float(a.sum() + b.sum())):
         return None
     for label, *factors in zip(labels, s.A, s.B, strict=True):
         for letter, tensor in zip("AB", factors, strict=True):
@@ -141,7 +147,8 @@ def unusable(s: LowRankSum, gram_a: torch.Tensor, gram_b: torch.Tensor, labels: 
 
 def check_finite(op: str, s: LowRankSum, gram_a: torch.Tensor, gram_b: torch.Tensor) -> None:
     """Raise `LorakernError` if a factor holds NaN or infinity, or its squares overflow float64."""
-    if reason := unusable(s, gram_a, gram_b, [f"term {position}" for position in range(len(s.A))]):
+    labels = [f"term {position}" for position in range(len(s.A))]
+    if reason := unusable(s, gram_a.diagonal(), gram_b.diagonal(), labels):
         where = f"module {s.name!r}: " if s.name else ""
         raise LorakernError(f"{op}: {where}{reason}; take it out, or train it again")
 

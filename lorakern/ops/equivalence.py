@@ -8,19 +8,22 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakern.ops import _checks as check
-from lorakern.ops._terms import LowRankSum, batches, collect, norm, norm_by_qr, squared_norm, unusable
+from lorakern.ops._terms import LowRankSum, check_one_device, collect, norm, norm_by_qr, squared_norm, unusable
 from lorakern.ops.bgmv import bgmv
 from lorakern.ops.equivalence_report import EquivalenceReport, ModuleCheck
-from lorakern.ops.gram import gram
+from lorakern.ops.gram import PROBES, gram, lines, sketch
 
 _OP = "check_concat_sum"
-_SIGNS = 8  # random vectors by which the error of each row and column is estimated
 _TOKENS = 8  # of a probe
+# How many times u of its root mean square an error may have. Rounding to nearest makes that 0.6; estimated from 16
+# vectors, the worst of a million lines has 1.9 times its own.
+_SLACK, _LINE_SLACK = 4, 3
+# Estimates below this share of what is allowed are not computed exactly: that they are four times too small has a
+# chance below 1e-9.
+_CLOSE = 0.25
+_BATCH = 256  # modules at a time
 # Away from the seeds that random factors may come from: signs that are those of a factor would not be random to it.
 _STREAM = 0x10CA_5EED
-# How many times its root mean square an error may have: rounding makes it 0.6, and estimates from 8 vectors stay below
-# 2.5 times their mean in a million rows.
-_SLACK = 4
 
 
 class _Module(NamedTuple):
@@ -30,6 +33,20 @@ class _Module(NamedTuple):
     labels: list[str]
     weights: list[float]  # of the adapters that have the module
     scales: list[float]  # theirs, then that of the merged adapter
+
+    @property
+    def name(self) -> str:
+        return self.difference.name
+
+    @property
+    def first(self) -> int:
+        """The first rank of the merged adapter."""
+        return self.difference.rank - self.difference.A[-1].shape[0]
+
+    @property
+    def sides(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The rows of A and of B^T."""
+        return self.difference.A, [b.T for b in self.difference.B]
 
     @property
     def sources(self) -> LowRankSum:
@@ -48,12 +65,17 @@ def check_concat_sum(
 ) -> EquivalenceReport:
     """Check module by module that a merged adapter is a weighted sum: ``s B A = sum_i w_i s_i B_i A_i``.
 
-    Nothing dense is formed. One pass over the factors gives ``||merged - sum||_F`` from Gram matrices in float64 (from
-    QR, where these do not resolve it), and the products of the factors with a few random sign vectors, from which the
-    error of each row and column of the update follows: a single changed weight shows in its row or column even where
-    it drowns in the rounding of the whole. What is allowed, for merged factors that are right but for rounding to
-    their dtype of unit roundoff u, is four times ``u |s| sqrt(sum_r ||b_r||^2 ||a_r||^2)``, and its part in each row
-    and column.
+    Nothing dense is formed. One pass over A multiplies it by random signs, one over B applies that to these products,
+    and two more do the same from the other side, all in float64: the error of every row and column of the update
+    follows from 16 random vectors, and that of the whole from all of them. Rows and columns are judged by themselves,
+    because a single changed weight shows there even where it drowns in the rounding of the whole. Where the error of
+    the whole comes near what is allowed, it is computed exactly, from Gram matrices in float64 or, where these do not
+    resolve it, from QR.
+
+    What is allowed, for merged factors that are right but for rounding to their dtype of unit roundoff u, is
+    ``4 u |s| sqrt(sum_r ||b_r||^2 ||a_r||^2)`` as a whole, and ``3 u |s| sqrt(sum_r b_or^2 ||a_r||^2)`` in row o. One
+    flipped bit in the exponent of a float32 weight exceeds that by far; in bfloat16, with rank 64, it does if the
+    weight changes by more than about a tenth of its row's or column's root mean square.
 
     Args:
         adapters: at least one `LoraAdapter`, or mapping from module name to (A, B, scale); modules, ranks and dtypes
@@ -87,32 +109,40 @@ def check_concat_sum(
     modules, missing, extra = _collect(adapters, merged, weights)
     if rtol is not None and (not isinstance(rtol, numbers.Real) or isinstance(rtol, bool) or not rtol >= 0):
         check.fail(_OP, "rtol", "be a number that is not negative, or None", repr(rtol))
-    signs = _Random(seed) if rtol is None else None
-    found = {}
-    by_name = {module.difference.name: module for module in modules}
-    for batch in batches(_OP, [module.difference for module in modules], _SIGNS):
-        problems = [side for s in batch for side in (s.A, [b.T for b in s.B])]
-        if signs:
-            problems = [[*side, signs(_SIGNS, side[0].shape[1], side[0].device)] for side in problems]
-        flat = gram(problems)
-        for s, gram_a, gram_b in zip(batch, flat[::2], flat[1::2], strict=True):
-            found[s.name] = _check(by_name[s.name], gram_a, gram_b, rtol, _Random(seed + 1) if probe else None)
+    if not isinstance(seed, int):
+        check.fail(_OP, "seed", "be an integer", repr(seed))
+    check_one_device(_OP, [module.difference for module in modules])
+    random, found = _Random(_STREAM + seed), {}
+    for start in range(0, len(modules), _BATCH):
+        for module, estimate in _estimates(modules[start : start + _BATCH], rtol, random):
+            found[module.name] = _judge(module, estimate, rtol, random if probe else None)
     return EquivalenceReport(found, missing, extra)
 
 
 class _Random:
-    """Seeded random matrices: signs (+1 or -1) or normal numbers; those of one size are made once."""
+    """Seeded random matrices; those of one size are made once."""
 
     def __init__(self, seed: int):
         self.seed, self.made = seed, {}
 
-    def __call__(self, rows, columns, device, normal=False):
-        key = rows, columns, normal
+    def _make(self, rows, columns, device, change):
+        key = rows, columns, change
         if key not in self.made:
-            generator = torch.Generator().manual_seed(_STREAM + self.seed)
-            x = torch.randn(rows, columns, generator=generator)
-            self.made[key] = (x if normal else torch.where(x < 0, -1.0, 1.0)).to(device)
+            generator = torch.Generator().manual_seed(self.seed)
+            self.made[key] = change(torch.randn(rows, columns, generator=generator)).to(device)
         return self.made[key]
+
+    def signs(self, rows, columns, device):
+        """float64, +1 and -1."""
+        return self._make(rows, columns, device, _signs)
+
+    def normal(self, rows, columns, device):
+        """float32, of the standard normal distribution."""
+        return self._make(rows, columns, device, torch.Tensor.float)
+
+
+def _signs(x):
+    return torch.where(x < 0, -1.0, 1.0).double()
 
 
 def _collect(adapters, merged, weights):
@@ -140,94 +170,95 @@ def _collect(adapters, merged, weights):
     return modules, tuple(str(name) for name in wanted if name not in merged), extra
 
 
-def _check(module: _Module, gram_a, gram_b, rtol, normal) -> ModuleCheck:
-    s, rank = module.difference, module.difference.rank
-    products_a, products_b = gram_a[:rank, rank:], gram_b[:rank, rank:]
-    gram_a, gram_b = gram_a[:rank, :rank], gram_b[:rank, :rank]
-    if reason := unusable(s, gram_a, gram_b, module.labels):
-        return ModuleCheck(s.name, math.inf, 0.0, note=reason)
-    weights, first = s.weights(), rank - s.A[-1].shape[0]
-    a, b = gram_a.diagonal(), gram_b.diagonal()
-    terms = weights.square() * a * b
-    total, magnitude = math.sqrt(float(terms.sum())), float(terms.sqrt().sum())
-    size = norm(module.sources, gram_a[:first, :first], gram_b[:first, :first])
-    size = size if size > 1e-14 * magnitude else total or 1.0
-    rounding = _Rounding.of(s.A[-1], s.B[-1], a[first:], b[first:], s.scales[-1])
-    allowed = rounding.whole() + 1e-14 * magnitude if rtol is None else rtol * size
-    squared, noise = squared_norm(gram_a, gram_b, weights)
-    apart = math.sqrt(max(squared, noise)) if noise < allowed**2 / 4 else norm_by_qr(s)
-    notes, rows, columns = [], None, None
-    if not apart <= allowed:
-        notes.append(f"the update differs by {apart / size:.2g} of the sum, {allowed / size:.2g} is allowed")
+class _Estimate(NamedTuple):
+    """What the sketches say of a module; norms are Frobenius norms."""
+
+    unusable: str | None
+    total: float = 0.0  # sqrt of the sum of the squared norms of all ranks' updates
+    magnitude: float = 0.0  # the sum of these norms
+    rounding: float = 0.0  # what the merged factors' rounding may make of the whole
+    apart: float = 0.0  # ||merged - sum||
+    size: float = 0.0  # ||sum||
+    lines: tuple[tuple[float, int], tuple[float, int]] = ((0.0, 0), (0.0, 0))  # worst row and column: error, which
+
+
+def _estimates(modules, rtol, random):
+    """(module, its `_Estimate`) of each."""
+    sides = [side for module in modules for side in module.sides]
+    device = sides[0][0].device
+    products = sketch(sides, [random.signs(side[0].shape[1], PROBES, device) for side in sides])
+    problems, estimates = [], []
+    for module, (by_a, a), (by_b, b) in zip(modules, products[::2], products[1::2], strict=True):
+        s, first = module.difference, module.first
+        reason = unusable(s, a, b, module.labels)
+        estimates.append(_Estimate(reason))
+        if reason:
+            continue
+        weights = s.weights()
+        terms = weights.square() * a * b
+        unit, step = _units(s.A[-1], s.B[-1])
+        squares = unit**2 * a * b + step**2 * (s.d_in * b + s.d_out * a)
+        total, magnitude, squares = torch.stack([terms.sum(), terms.sqrt().sum(), squares[first:].sum()]).tolist()
+        rounding = _SLACK * abs(s.scales[-1]) * math.sqrt(squares) + 1e-14 * magnitude
+        estimates[-1] = _Estimate(None, math.sqrt(total), magnitude, rounding)
+        # Rows of the update are lines of B^T's problem, and columns of A's.
+        share = (_LINE_SLACK * s.scales[-1]) ** 2
+        for side, own, x, length, width in (
+            (s.A, by_b, b, s.d_out, s.d_in),
+            ([m.T for m in s.B], by_a, a, s.d_in, s.d_out),
+        ):
+            factors = share * (unit**2 * x + step**2 * length)
+            allowed = share * step**2 * float(x[first:].sum()) + (1e-14 * magnitude) ** 2 / width
+            problems.append((side, weights[:, None] * own, first, factors, allowed))
+    columns = iter(zip(*[iter(lines(*map(list, zip(*problems, strict=True))) if problems else ())] * 2, strict=True))
+    for module, estimate in zip(modules, estimates, strict=True):
+        if estimate.unusable is None:
+            column, row = next(columns)
+            apart, size = ((x + y) / 2 for x, y in zip(column[:2], row[:2], strict=True))
+            worst = tuple((math.sqrt(side[2]), int(side[3])) for side in (row, column))
+            estimate = estimate._replace(apart=math.sqrt(apart), size=math.sqrt(size), lines=worst)
+        yield module, estimate
+
+
+def _units(*tensors):
+    """(unit roundoff, half the least step) of the coarsest dtype."""
+    known = [torch.finfo(t.dtype) for t in tensors]
+    return max(f.eps for f in known) / 2, max(f.smallest_normal * f.eps for f in known) / 2
+
+
+def _exact(module, estimate):
+    """The norms of the estimate, from Gram matrices or QR."""
+    s, first = module.difference, module.first
+    gram_a, gram_b = gram(list(module.sides))
+    squared, noise = squared_norm(gram_a, gram_b, s.weights())
+    apart = math.sqrt(squared) if squared > 1e4 * noise else norm_by_qr(s)
+    return estimate._replace(apart=apart, size=norm(module.sources, gram_a[:first, :first], gram_b[:first, :first]))
+
+
+def _judge(module: _Module, estimate: _Estimate, rtol, random) -> ModuleCheck:
+    if estimate.unusable:
+        return ModuleCheck(module.name, math.inf, 0.0, note=estimate.unusable)
+    exact = not estimate.apart < _CLOSE * (estimate.rounding if rtol is None else rtol * estimate.size)
+    estimate = _exact(module, estimate) if exact else estimate
+    # Where the adapters cancel, their sum is no measure.
+    size = estimate.size if estimate.size > 1e-12 * estimate.magnitude else estimate.total or 1.0
+    error, bound = estimate.apart / size, estimate.rounding / size if rtol is None else rtol
+    notes = [] if error <= bound else [f"the update differs by {error:.2g} of the sum, {bound:.2g} is allowed"]
     if rtol is None:
-        work = torch.float64 if any(t.dtype == torch.float64 for t in [*s.A, *s.B]) else torch.float32
-        row, rows = _worst(s.B, weights[:, None] * products_a, rounding.rows(work), total, work)
-        column, columns = _worst([m.T for m in s.A], weights[:, None] * products_b, rounding.columns(work), total, work)
-        notes += [f"row {row} differs by {rows:.2g} times what rounding explains"] if not rows <= 1 else []
-        notes += [f"column {column} differs by {columns:.2g} times what rounding explains"] if not columns <= 1 else []
-    probed, probe_bound = _probe(module, total, size, allowed, normal) if normal else (None, None)
-    if normal and not probed <= probe_bound:
-        notes.append(f"bgmv differs by {probed:.2g}, {probe_bound:.2g} is allowed")
-    return ModuleCheck(
-        s.name, apart / size, allowed / size, rows, columns, probed, probe_bound, not notes, "; ".join(notes)
-    )
+        for name, (excess, index) in zip(("row", "column"), estimate.lines, strict=True):
+            notes += [] if excess <= 1 else [f"{name} {index} differs by {excess:.2g} times what rounding explains"]
+    rows, columns = (excess if rtol is None else None for excess, _ in estimate.lines)
+    probed = probe_bound = None
+    if random:
+        probed, unit = _probe(module, random)
+        probed, probe_bound = probed / size, bound + unit * estimate.total / size
+        notes += [] if probed <= probe_bound else [f"bgmv differs by {probed:.2g}, {probe_bound:.2g} is allowed"]
+    found = error, bound, exact, rows, columns, probed, probe_bound
+    return ModuleCheck(module.name, *found, passed=not notes, note="; ".join(notes))
 
 
-class _Rounding(NamedTuple):
-    """What rounding to the dtype of A and B changes in scale * B A: errors of u of an element, or of the least step."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    a: torch.Tensor  # ||a_r||^2
-    b: torch.Tensor  # ||b_r||^2
-    scale: float
-    unit: float
-    step: float
-
-    @classmethod
-    def of(cls, A, B, a, b, scale):
-        known = [torch.finfo(A.dtype), torch.finfo(B.dtype)]
-        unit = max(f.eps for f in known) / 2
-        return cls(A, B, a, b, scale, unit, max(f.smallest_normal * f.eps for f in known) / 2)
-
-    def whole(self) -> float:
-        """The largest Frobenius norm that passes."""
-        d_in, d_out = self.A.shape[1], self.B.shape[0]
-        squares = self.unit**2 * self.a * self.b + self.step**2 * (d_in * self.b + d_out * self.a)
-        return _SLACK * abs(self.scale) * math.sqrt(float(squares.sum()))
-
-    def rows(self, work) -> torch.Tensor:
-        """(d_out,) float64: the square of the largest norm of a row that passes."""
-        return self._lines(self.B, self.a, self.A.shape[1], work)
-
-    def columns(self, work) -> torch.Tensor:
-        """(d_in,) float64: likewise of a column."""
-        return self._lines(self.A.T, self.b, self.B.shape[0], work)
-
-    def _lines(self, elements, squares, length, work):
-        factors = self.unit**2 * squares + self.step**2 * length
-        largest = factors.max()
-        sums = elements.to(work).square() @ (factors / largest).to(work)
-        return (_SLACK * self.scale) ** 2 * (sums.double() * largest + self.step**2 * squares.sum())
-
-
-def _worst(matrices, products, allowed, total, work):
-    """(index, error over what is allowed) of the worst row of sum_i matrices[i] @ products_i, products being signs'."""
-    error, start = 0, 0
-    for matrix in matrices:
-        part = products[start : start + matrix.shape[1]].to(work)
-        error = error + matrix.to(work) @ part
-        start += matrix.shape[1]
-    squares = error.double().square().mean(dim=1)
-    # The products above are themselves rounded to the working precision.
-    floor = (16 * torch.finfo(work).eps / 2 * total) ** 2 / len(squares)
-    ratios = torch.where(squares == 0, 0.0, squares / (allowed + floor))
-    ratio, index = ratios.nan_to_num(nan=math.inf).max(dim=0)
-    return int(index), math.sqrt(float(ratio))
-
-
-def _probe(module: _Module, total: float, size: float, allowed: float, normal: _Random) -> tuple[float, float]:
-    """(error, bound) of bgmv's answers to random x: all adapters mixed, against the merged adapter alone."""
+def _probe(module: _Module, random: _Random) -> tuple[float, float]:
+    """(error, unit) of bgmv's answers to random x: all adapters mixed, against the merged adapter alone."""
     s, count = module.difference, len(module.weights)
     dtype = s.A[0].dtype
     for tensor in [*s.A, *s.B]:
@@ -238,7 +269,7 @@ def _probe(module: _Module, total: float, size: float, allowed: float, normal: _
     B = torch.zeros(count, s.d_out, max(ranks), dtype=dtype, device=device)
     for slot, rank in enumerate(ranks):
         A[slot, :rank], B[slot, :, :rank] = s.A[slot], s.B[slot]
-    x = normal(_TOKENS, s.d_in, device, normal=True).to(dtype)
+    x = random.normal(_TOKENS, s.d_in, device).to(dtype)
     slots = torch.arange(count, device=device).expand(_TOKENS, count)
     gates = torch.tensor(module.weights, device=device).expand(_TOKENS, count)
     scale = torch.tensor(module.scales[:-1], device=device)
@@ -250,4 +281,4 @@ def _probe(module: _Module, total: float, size: float, allowed: float, normal: _
     apart = float(torch.linalg.matrix_norm(mixed.double() - alone.double())) / math.sqrt(_TOKENS)
     # The kernels round h and y to their dtype, and their sums to float32.
     unit = _SLACK * torch.finfo(dtype).eps / 2 + 32 * torch.finfo(torch.float32).eps / 2
-    return apart / size, (allowed + unit * total) / size
+    return apart, unit
