@@ -27,7 +27,8 @@ using RoutingTuple =
     std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;   // scale ranks gates order starts
 using SetTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // data, dtype, rows, row and column stride
 using RowsTuple = std::tuple<int64_t, int64_t>;                          // sets, columns
-using LinesTuple = std::tuple<uintptr_t, int64_t, uintptr_t, double>;    // products, first, factors, allowed
+// products, first, factors, allowed, ratios, step
+using LinesTuple = std::tuple<uintptr_t, int64_t, uintptr_t, double, uintptr_t, double>;
 
 cpu::Indices indices_of(const IndexTuple& t) {
   return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -164,9 +165,9 @@ void lines(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& siz
   std::vector<LinesProblem> problems;
   for (const Rows& x : rows_of(sets, sizes)) {
     const size_t i = problems.size();
-    const auto& [products, first, factors, allowed] = lines.at(i);
+    const auto& [products, first, factors, allowed, ratios, step] = lines.at(i);
     problems.push_back({x, pointer<const double>(products), first, pointer<const double>(factors), allowed,
-                        pointer<double>(out) + 4 * i});
+                        pointer<const double>(ratios), step, pointer<double>(out) + kLineNumbers * i});
   }
   py::gil_scoped_release release;
   cpu::lines(problems, threads);

@@ -90,13 +90,15 @@ void lines(const std::vector<LinesProblem>& problems, int threads) {
   const Variant& variant = variant_for(Dtype::kFloat32);
   const auto finish = [&](const LinesProblem& p, const double* results, int64_t step) {
     const int64_t stretches = stretches_of(p.x);
-    p.out[0] = add_up(results, stretches, step);
-    p.out[1] = add_up(results + 1, stretches, step);
-    p.out[2] = p.out[3] = 0;
-    for (int64_t s = 0; s < stretches; ++s, results += step)
-      if (!(results[2] <= p.out[2])) p.out[2] = results[2], p.out[3] = results[3];
+    for (int n : {0, 1, 4}) p.out[n] = add_up(results + n, stretches, step);
+    p.out[2] = p.out[3] = p.out[5] = 0;
+    for (int64_t s = stretches - 1; s >= 0; --s) {
+      const double* of = results + s * step;
+      if (of[2] >= p.out[2]) p.out[2] = of[2], p.out[3] = of[3];
+      if (of[4] > 0) p.out[5] = of[5];
+    }
   };
-  by_stretches(problems, threads, [](int64_t) -> int64_t { return 4; }, variant.lines, variant, finish);
+  by_stretches(problems, threads, [](int64_t) -> int64_t { return kLineNumbers; }, variant.lines, variant, finish);
 }
 
 }  // namespace lorakern::cpu

@@ -179,16 +179,39 @@ inline double weighted_squares(const double* values, const double* factors, int6
   return total;
 }
 
+// Is `value` neither within a quarter nor within a step of ratio * source? Never, for a ratio of NaN.
+inline bool is_outlier(double source, double value, double ratio, double step) {
+  const double wanted = ratio * source, off = value - wanted;
+  return off * off > wanted * wanted / 16 + step * step;
+}
+
+inline int64_t outliers(const double* source, const double* values, const lorakern::LinesProblem& p) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < p.first; ++r) count += is_outlier(source[r], values[r], p.ratios[r], p.step);
+  return count;
+}
+
 inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
   const lorakern::LinesProblem& p = *u.problem;
   const int64_t stride = packed_stride(p.x.rows), last = p.x.rows - p.first;
   double *factors = packed + kPackedColumns * stride, *sums = factors + stride;
   std::fill(packed, factors, 0.0);
   std::fill(std::copy(p.factors + p.first, p.factors + p.x.rows, factors), factors + stride, 0.0);
-  double whole = 0, part = 0, worst = 0, index = static_cast<double>(u.begin);
+  double whole = 0, part = 0, worst = 0, index = 0, where = 0;
+  int64_t off = 0;
   for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
     const int64_t depth = std::min(u.end - begin, kPackedColumns);
     pack(p.x, begin, depth, packed, stride);
+    for (int64_t k = 0; p.ratios && k < depth; ++k) {
+      const double* column = packed + k * stride;
+      const int64_t found = outliers(column, column + p.first, p);
+      if (found > 0 && off == 0) {
+        int64_t r = 0;
+        while (!is_outlier(column[r], column[p.first + r], p.ratios[r], p.step)) ++r;
+        where = static_cast<double>((begin + k) * p.first + r);
+      }
+      off += found;
+    }
     for (int64_t k = 0; k < depth; k += kWideRows) {
       const double* columns = packed + k * stride;
       const int live = static_cast<int>(std::min<int64_t>(depth - k, kWideRows));
@@ -209,8 +232,8 @@ inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
       }
     }
   }
-  const double out[] = {whole, part / kProbes, worst, index};
-  std::copy(out, out + 4, u.out);
+  const double out[lorakern::kLineNumbers] = {whole, part / kProbes, worst, index, static_cast<double>(off), where};
+  std::copy(out, out + lorakern::kLineNumbers, u.out);
 }
 
 }  // namespace

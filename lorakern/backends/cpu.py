@@ -103,11 +103,13 @@ def sketch(rows, sizes, probes):
     return out
 
 
-def lines(rows, sizes, products, firsts, factors, allowed):
+def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
     sets, problems, _ = _row_sets(rows, sizes)
-    out = torch.empty(len(sizes), 4, dtype=torch.float64)
-    addresses = [p.data_ptr() for p in products], firsts, [f.data_ptr() for f in factors], allowed
-    _call(_cpu.lines, sets, problems, list(zip(*addresses, strict=True)), out.data_ptr())
+    out = torch.empty(len(sizes), 6, dtype=torch.float64)
+    products, factors = [p.data_ptr() for p in products], [f.data_ptr() for f in factors]
+    ratios = [r.data_ptr() if len(r) else 0 for r in ratios]
+    arguments = list(zip(products, firsts, factors, allowed, ratios, steps, strict=True))
+    _call(_cpu.lines, sets, problems, arguments, out.data_ptr())
     return out
 
 

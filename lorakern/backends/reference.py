@@ -35,15 +35,19 @@ def sketch(rows, sizes, probes):
     ]
 
 
-def lines(rows, sizes, products, firsts, factors, allowed):
-    """(problems, 4): ||L||^2 / probes for L = X^T products, the same of the first rows' part, the worst line, which."""
+def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
+    """(problems, 6): ||L||^2 / probes for L = X^T products, the same of the first rows' part, the worst line, which
+    one; how many elements of the further rows are not ratios times the first ones, column * first + row of one."""
     out = []
-    for x, p, first, f, a in zip(_stacked(rows, sizes), products, firsts, factors, allowed, strict=True):
+    of_problem = zip(products, firsts, factors, allowed, ratios, steps, strict=True)
+    for x, (p, first, f, a, ratio, step) in zip(_stacked(rows, sizes), of_problem, strict=True):
         squares = (x.T @ p).square().mean(dim=1)
         part = (x[:first].T @ p[:first]).square().mean(dim=1)
-        ratios = torch.where(squares > 0, squares / (a + x[first:].T.square() @ f[first:]), 0.0)
-        worst, line = ratios.max(dim=0)
-        out.append(torch.stack([squares.sum(), part.sum(), worst, line.double()]))
+        excess, line = torch.where(squares > 0, squares / (a + x[first:].T.square() @ f[first:]), 0.0).max(dim=0)
+        wanted = ratio[:, None] * x[: len(ratio)]
+        off = (x[first : first + len(ratio)] - wanted).square() > wanted.square() / 16 + step**2
+        where = off.T.flatten().int().argmax() if off.any() else line.new_zeros(())
+        out.append(torch.stack([squares.sum(), part.sum(), excess, line.double(), off.sum().double(), where.double()]))
     return torch.stack(out)
 
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 
 from lorakern.ops._terms import LowRankSum, norm, norm_by_qr, squared_norm, unusable
-from lorakern.ops.gram import PROBES, gram, lines, sketch
+from lorakern.ops.gram import PROBES, Lines, LinesFound, gram, lines, sketch
 
 # How many times u of its root mean square an error may have. Rounding to nearest makes that 0.6; estimated from 16
 # vectors, the worst of a million lines has 1.9 times its own.
 SLACK, LINE_SLACK = 4, 3
+_ALIKE = 0.1  # rows whose products with signs differ by less are multiples of each other, but for single elements
 _RESOLVED = 1e-14  # of the magnitude of the terms, by sums in float64
 
 
@@ -84,7 +85,8 @@ class Estimate(NamedTuple):
     rounding: float = 0.0  # what the merged factors' rounding may make of the whole
     apart: float = 0.0  # ||merged - sum||
     size: float = 0.0  # ||sum||
-    lines: tuple[tuple[float, int], tuple[float, int]] = ((0.0, 0), (0.0, 0))  # worst row and column: error, which
+    column: LinesFound | None = None  # of the rows of A, whose lines are the columns of the update
+    row: LinesFound | None = None  # of the rows of B^T
 
 
 def estimates(modules: Sequence[Module], random: Random) -> Iterator[tuple[Module, Estimate]]:
@@ -97,15 +99,14 @@ def estimates(modules: Sequence[Module], random: Random) -> Iterator[tuple[Modul
         estimate = _sizes(module, of_a[1], of_b[1])
         found.append(estimate)
         if not estimate.unusable:
-            problems += [_lines_of(module, estimate, 0, *of_b), _lines_of(module, estimate, 1, *of_a)]
-    measured = lines(*map(list, zip(*problems, strict=True))) if problems else []
+            problems += [_lines(module, estimate, side, of_a, of_b) for side in (0, 1)]
+    measured = lines(problems) if problems else []
     pairs = zip(measured[::2], measured[1::2], strict=True)
     for module, estimate in zip(modules, found, strict=True):
         if not estimate.unusable:
             column, row = next(pairs)
-            apart, size = (math.sqrt((x + y) / 2) for x, y in zip(column[:2], row[:2], strict=True))
-            worst = tuple((math.sqrt(excess), int(index)) for _, _, excess, index in (row, column))
-            estimate = estimate._replace(apart=apart, size=size, lines=worst)
+            apart, size = math.sqrt((column.whole + row.whole) / 2), math.sqrt((column.part + row.part) / 2)
+            estimate = estimate._replace(apart=apart, size=size, column=column, row=row)
         yield module, estimate
 
 
@@ -122,18 +123,27 @@ def _sizes(module: Module, a: torch.Tensor, b: torch.Tensor) -> Estimate:
     return Estimate(None, math.sqrt(total), magnitude, rounding)
 
 
-def _lines_of(module: Module, estimate: Estimate, side: int, products, squares):
-    """The problem of `lines` whose lines are the columns (side 0, the rows of A) or rows (1) of the difference.
+def _lines(module: Module, estimate: Estimate, side: int, *sketches) -> Lines:
+    """The problem whose lines are the columns (side 0, the rows of A) or the rows (1, those of B^T) of the difference.
 
-    `products` and `squares` are the other factor's: its products with the signs, and its squared norms.
+    Its Q is the other factor's products with signs; its own say which of its ranks are multiples of the adapters'.
     """
     s, first, (unit, step) = module.difference, module.first, module.units
+    (own, _), (products, squares) = sketches[side], sketches[1 - side]
     rows, other = module.sides[side], (s.d_out, s.d_in)[side]
     share = (LINE_SLACK * s.scales[-1]) ** 2
     factors = share * (unit**2 * squares + step**2 * other)
     allowed = share * step**2 * float(squares[first:].sum())
     allowed += (_RESOLVED * estimate.magnitude) ** 2 / rows[0].shape[1]
-    return rows, s.weights()[:, None] * products, first, factors, allowed
+    ratios = _ratios(own[:first], own[first:]) if s.rank == 2 * first else own.new_empty(0)
+    return Lines(rows, s.weights()[:, None] * products, first, factors, allowed, ratios, 4 * step)
+
+
+def _ratios(sources, merged):
+    """ratio[r], where the products of two rows with signs say that one is about ratio[r] times the other; else NaN."""
+    ratios = (merged * sources).sum(dim=1) / sources.square().sum(dim=1)
+    alike = (merged - ratios[:, None] * sources).norm(dim=1) <= _ALIKE * merged.norm(dim=1)
+    return torch.where(alike, ratios, math.nan)
 
 
 def exact_norms(module: Module, estimate: Estimate) -> Estimate:

@@ -43,8 +43,9 @@ def check_concat_sum(
 
     What is allowed, for merged factors that are right but for rounding to their dtype of unit roundoff u, is
     ``4 u |s| sqrt(sum_r ||b_r||^2 ||a_r||^2)`` as a whole, and ``3 u |s| sqrt(sum_r b_or^2 ||a_r||^2)`` in row o. One
-    flipped bit in the exponent of a float32 weight exceeds that by far; in bfloat16, with rank 64, it does if the
-    weight changes by more than about a tenth of its row's or column's root mean square.
+    flipped bit in the exponent of a float32 weight exceeds that by far. In a 16-bit dtype it may not; but where the
+    merged factors are the adapters' own, one below the other, each rank up to a factor, a weight that is off by more
+    than a quarter where the rest of its rank is not fails the module too.
 
     Args:
         adapters: at least one `LoraAdapter`, or mapping from module name to (A, B, scale); modules, ranks and dtypes
@@ -122,17 +123,34 @@ def _judge(module: Module, estimate: Estimate, rtol, random) -> ModuleCheck:
     size = estimate.size if estimate.size > 1e-12 * estimate.magnitude else estimate.total or 1.0
     error, bound = estimate.apart / size, estimate.rounding / size if rtol is None else rtol
     notes = [] if error <= bound else [f"the update differs by {error:.2g} of the sum, {bound:.2g} is allowed"]
+    rows = columns = outliers = None
     if rtol is None:
-        for name, (excess, index) in zip(("row", "column"), estimate.lines, strict=True):
-            notes += [] if excess <= 1 else [f"{name} {index} differs by {excess:.2g} times what rounding explains"]
-    rows, columns = (excess if rtol is None else None for excess, _ in estimate.lines)
+        for name, found in (("row", estimate.row), ("column", estimate.column)):
+            if not found.excess <= 1:
+                notes.append(
+                    f"{name} {found.line:.0f} differs by {math.sqrt(found.excess):.2g} times what rounding explains"
+                )
+        notes += _outliers(module, estimate)
+        rows, columns = math.sqrt(estimate.row.excess), math.sqrt(estimate.column.excess)
+        outliers = int(estimate.row.outliers + estimate.column.outliers)
     probed = probe_bound = None
     if random:
         probed, unit = _probe(module, random)
         probed, probe_bound = probed / size, bound + unit * estimate.total / size
         notes += [] if probed <= probe_bound else [f"bgmv differs by {probed:.2g}, {probe_bound:.2g} is allowed"]
-    found = error, bound, exact, rows, columns, probed, probe_bound
+    found = error, bound, exact, rows, columns, outliers, probed, probe_bound
     return ModuleCheck(module.name, *found, passed=not notes, note="; ".join(notes))
+
+
+def _outliers(module: Module, estimate: Estimate) -> list[str]:
+    """In words, single weights of the merged factors that do not fit the others of their rank."""
+    notes = []
+    for letter, found in (("A", estimate.column), ("B", estimate.row)):
+        if found.outliers:
+            index, rank = divmod(int(found.where), module.first)
+            place = (rank, index) if letter == "A" else (index, rank)
+            notes.append(f"{found.outliers:.0f} weights of {letter} do not fit the others of their rank, first {place}")
+    return notes
 
 
 def _probe(module: Module, random: Random) -> tuple[float, float]:

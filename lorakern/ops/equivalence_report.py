@@ -18,6 +18,8 @@ class ModuleCheck:
             estimate from random vectors, within 12 % or (rounding errors) 2 %.
         rows: the error of the worst output row over what rounding explains there: more than 1 fails. None with rtol.
         columns: the same of the worst input column.
+        outliers: how many weights of merged factors that are otherwise multiples of the adapters' are off by more than
+            a quarter: any fails. None with rtol.
         probe: the error, relative like `error`, of what `bgmv` computes from random x; None without probes.
         probe_bound: how large `probe` may be.
         passed: whether all of these stay within their bounds.
@@ -30,6 +32,7 @@ class ModuleCheck:
     exact: bool = False
     rows: float | None = None
     columns: float | None = None
+    outliers: int | None = None
     probe: float | None = None
     probe_bound: float | None = None
     passed: bool = False
@@ -105,6 +108,7 @@ def _excess(module: ModuleCheck) -> float:
     """The largest share that the module takes of one of its bounds."""
     ratios = [module.error / module.bound if module.bound else math.inf if module.error else 0.0]
     ratios += [value for value in (module.rows, module.columns) if value is not None]
+    ratios += [math.inf] if module.outliers else []
     if module.probe is not None:
         ratios.append(module.probe / module.probe_bound if module.probe_bound else math.inf)
     return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)

@@ -7,6 +7,7 @@ X is never put together. Products of float32 are exact in float64, so only the s
 """
 
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -33,8 +34,8 @@ def _fake_sketch(rows, sizes, probes):
     return [rows[0].new_empty(count, PROBES + 1, dtype=torch.float64) for count in _counts(rows, sizes)]
 
 
-def _fake_lines(rows, sizes, products, firsts, factors, allowed):
-    return rows[0].new_empty(len(sizes), 4, dtype=torch.float64)
+def _fake_lines(rows, sizes, *_):
+    return rows[0].new_empty(len(sizes), 6, dtype=torch.float64)
 
 
 @define("gram(Tensor[] rows, int[] sizes) -> Tensor[]", _fake_gram)
@@ -48,11 +49,12 @@ def _sketch(rows, sizes, probes):
 
 
 @define(
-    "lines(Tensor[] rows, int[] sizes, Tensor[] products, int[] firsts, Tensor[] factors, float[] allowed) -> Tensor",
+    "lines(Tensor[] rows, int[] sizes, Tensor[] products, int[] firsts, Tensor[] factors, float[] allowed,"
+    " Tensor[] ratios, float[] steps) -> Tensor",
     _fake_lines,
 )
-def _lines(rows, sizes, products, firsts, factors, allowed):
-    return backend_for("lines", rows[0]).lines(rows, sizes, products, firsts, factors, allowed)
+def _lines(rows, sizes, *arguments):
+    return backend_for("lines", rows[0]).lines(rows, sizes, *arguments)
 
 
 def gram(problems: Problems) -> list[torch.Tensor]:
@@ -79,30 +81,57 @@ def sketch(problems: Problems, probes: list[torch.Tensor]) -> list[tuple[torch.T
     return [(out[:, :PROBES], out[:, PROBES]) for out in _sketch(*_flat(problems), probes)]
 
 
-def lines(
-    problems: Problems,
-    products: list[torch.Tensor],
-    firsts: list[int],
-    factors: list[torch.Tensor],
-    allowed: list[float],
-) -> list[list[float]]:
-    """Norms of ``L = X^T Q``, (columns, PROBES), and which of its lines is the worst; L is not kept.
+class Lines(NamedTuple):
+    """A problem of `lines`: X, Q, and what L = X^T Q, (columns, PROBES), and the rows of X should be.
 
-    Args:
-        products: Q, (R, PROBES) float64, for each problem.
-        firsts: how many of the problem's rows form a part that is also measured by itself.
-        factors, allowed: (R,) float64 and a number; the mean square of line k should be at most
-            ``allowed + sum_r factors[r] X[r, k]^2`` over the rows from the first on.
+    Attributes:
+        rows: X, as a list of matrices.
+        products: Q, (R, PROBES) float64.
+        first: how many rows form the first part of X.
+        factors, allowed: (R,) float64 and a number; the mean square of line k of L should be at most
+            ``allowed + sum_r factors[r] X[r, k]^2``, over the rows r of the second part.
+        ratios: (first,) float64, where the second part has as many rows as the first: row first + r of X should be
+            ratios[r] times row r; NaN where that is not to be looked at, and no element at all to look at none.
+        step: an element may be off by this, or by a quarter of what it should be.
+    """
 
-    Returns:
-        For each problem ``[||L||^2 / PROBES, the same of the part, mean square over what is allowed in the worst line,
-        the number of that line]``.
+    rows: list[torch.Tensor]
+    products: torch.Tensor
+    first: int
+    factors: torch.Tensor
+    allowed: float
+    ratios: torch.Tensor
+    step: float
+
+
+class LinesFound(NamedTuple):
+    """What `lines` returns of a problem.
+
+    Attributes:
+        whole, part: ``||L||^2 / PROBES``, and the same for the first part of X alone.
+        excess, line: the largest mean square of a line over what it should be at most, and which line that is.
+        outliers, where: how many elements of the second part are off, and column * first + r of the first of them.
+    """
+
+    whole: float
+    part: float
+    excess: float
+    line: float
+    outliers: float
+    where: float
+
+
+def lines(problems: list[Lines]) -> list[LinesFound]:
+    """Norms of ``L = X^T Q`` for each problem, the worst of its lines, and outliers of X; L is not kept.
 
     >>> import torch
-    >>> from lorakern.ops.gram import PROBES, lines
-    >>> one = torch.ones(1, PROBES, dtype=torch.float64)
-    >>> lines([[torch.tensor([[3.0, 4.0]])]], [one], [0], [one[0, :1]], [0.0])
-    [[25.0, 0.0, 1.0, 0.0]]
+    >>> from lorakern.ops.gram import PROBES, Lines, lines
+    >>> X, Q = torch.tensor([[3.0, 4.0], [6.0, 4.0]]), torch.ones(2, PROBES, dtype=torch.float64)
+    >>> ratios = torch.tensor([2.0], dtype=torch.float64)
+    >>> lines([Lines([X], Q, 1, Q[:, 0], 0.0, ratios, 0.0)])
+    [LinesFound(whole=145.0, part=25.0, excess=4.0, line=1.0, outliers=1.0, where=1.0)]
     """
-    products, factors = [p.contiguous() for p in products], [f.contiguous() for f in factors]
-    return _lines(*_flat(problems), products, firsts, factors, allowed).tolist()
+    rows, products, firsts, factors, allowed, ratios, steps = map(list, zip(*problems, strict=True))
+    products, factors, ratios = ([t.contiguous() for t in ts] for ts in (products, factors, ratios))
+    found = _lines(*_flat(rows), products, firsts, factors, allowed, ratios, steps)
+    return [LinesFound(*numbers) for numbers in found.tolist()]
