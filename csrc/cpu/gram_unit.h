@@ -2,6 +2,7 @@
 // other, and multiplied there. The product of two float32 is exact in float64, so only the sums round.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "variant.h"
 
@@ -226,9 +227,11 @@ inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
       add(p.first, last);
       for (int i = 0; i < live; ++i) {
         const double square = sum_of_squares(sums + i * kProbes, kProbes) / kProbes;
-        const double ratio = square / (p.allowed + weighted_squares(columns + i * stride + p.first, factors, last));
+        const double may = p.allowed + weighted_squares(columns + i * stride + p.first, factors, last);
         whole += square;
-        if (square > 0 && !(ratio <= worst)) worst = ratio, index = static_cast<double>(begin + k + i);
+        if (square <= worst * may) continue;
+        worst = may > 0 ? square / may : std::numeric_limits<double>::infinity();
+        index = static_cast<double>(begin + k + i);
       }
     }
   }

@@ -79,6 +79,8 @@ def collect(op: str, argument: str, terms: Any, name: str = "") -> LowRankSum:
         if A and (a.shape[1], b.shape[0]) != (A[0].shape[1], B[0].shape[0]):
             takes = f"update a {B[0].shape[0]} x {A[0].shape[1]} matrix like the terms before it"
             check.fail(op, at, takes, f"{b.shape[0]} x {a.shape[1]}")
+        if a.is_meta or b.is_meta:
+            check.fail(op, at, "have data", "a factor on the meta device")
         if a.device != b.device or (A and a.device != A[0].device):
             check.fail(op, at, "be on one device with the other terms", f"A on {a.device} and B on {b.device}")
         if not isinstance(scale, numbers.Real) or not math.isfinite(scale):

@@ -149,7 +149,7 @@ def _outliers(module: Module, estimate: Estimate) -> list[str]:
         if found.outliers:
             index, rank = divmod(int(found.where), module.first)
             place = (rank, index) if letter == "A" else (index, rank)
-            notes.append(f"{found.outliers:.0f} weights of {letter} do not fit the others of their rank, first {place}")
+            notes.append(f"{letter}{list(place)} does not fit its rank ({found.outliers:.0f} such weights)")
     return notes
 
 
