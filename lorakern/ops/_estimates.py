@@ -99,7 +99,7 @@ def estimates(modules: Sequence[Module], random: Random) -> Iterator[tuple[Modul
         estimate = _sizes(module, of_a[1], of_b[1])
         found.append(estimate)
         if not estimate.unusable:
-            problems += [_lines(module, estimate, side, of_a, of_b) for side in (0, 1)]
+            problems += _lines(module, estimate, *of_a, *of_b)
     measured = lines(problems) if problems else []
     pairs = zip(measured[::2], measured[1::2], strict=True)
     for module, estimate in zip(modules, found, strict=True):
@@ -123,27 +123,42 @@ def _sizes(module: Module, a: torch.Tensor, b: torch.Tensor) -> Estimate:
     return Estimate(None, math.sqrt(total), magnitude, rounding)
 
 
-def _lines(module: Module, estimate: Estimate, side: int, *sketches) -> Lines:
-    """The problem whose lines are the columns (side 0, the rows of A) or the rows (1, those of B^T) of the difference.
+def _lines(module: Module, estimate: Estimate, by_a, a, by_b, b) -> list[Lines]:
+    """The problems whose lines are the columns (of the rows of A) and the rows (of those of B^T) of the difference.
 
-    Its Q is the other factor's products with signs; its own say which of its ranks are multiples of the adapters'.
+    `by_a` and `by_b` are the factors' products with signs, `a` and `b` their squared norms.
     """
     s, first, (unit, step) = module.difference, module.first, module.units
-    (own, _), (products, squares) = sketches[side], sketches[1 - side]
-    rows, other = module.sides[side], (s.d_out, s.d_in)[side]
-    share = (LINE_SLACK * s.scales[-1]) ** 2
-    factors = share * (unit**2 * squares + step**2 * other)
-    allowed = share * step**2 * float(squares[first:].sum())
-    allowed += (_RESOLVED * estimate.magnitude) ** 2 / rows[0].shape[1]
-    ratios = _ratios(own[:first], own[first:]) if s.rank == 2 * first else own.new_empty(0)
-    return Lines(rows, s.weights()[:, None] * products, first, factors, allowed, ratios, 4 * step)
+    weights, share = s.weights()[:, None], (LINE_SLACK * s.scales[-1]) ** 2
+    problems = []
+    # What a factor is multiplied by comes from the other one.
+    of_sides = zip(module.sides, (by_b, by_a), (b, a), (s.d_out, s.d_in), _ratios(module, by_a, by_b), strict=True)
+    for rows, products, squares, other, ratios in of_sides:
+        factors = share * (unit**2 * squares + step**2 * other)
+        allowed = share * step**2 * float(squares[first:].sum())
+        allowed += (_RESOLVED * estimate.magnitude) ** 2 / rows[0].shape[1]
+        problems.append(Lines(rows, weights * products, first, factors, allowed, ratios, 4 * step))
+    return problems
 
 
-def _ratios(sources, merged):
-    """ratio[r], where the products of two rows with signs say that one is about ratio[r] times the other; else NaN."""
-    ratios = (merged * sources).sum(dim=1) / sources.square().sum(dim=1)
-    alike = (merged - ratios[:, None] * sources).norm(dim=1) <= _ALIKE * merged.norm(dim=1)
-    return torch.where(alike, ratios, math.nan)
+def _ratios(module: Module, by_a, by_b):
+    """The ratios of the merged factors' ranks to the adapters', for A and B, as their products with signs tell them.
+
+    None at all where not every merged rank is, about, the update of an adapter's rank in that place.
+    """
+    first, none = module.first, by_a.new_empty(0)
+    if module.difference.rank != 2 * first:
+        return none, none
+    ratios, alike = [], True
+    for products in (by_a, by_b):
+        source, merged = products[:first], products[first:]
+        ratio = ((merged * source).sum(dim=1) / source.square().sum(dim=1)).nan_to_num(0.0)
+        alike &= (merged - ratio[:, None] * source).norm(dim=1) <= _ALIKE * merged.norm(dim=1)
+        ratios.append(ratio)
+    weights, product = module.difference.weights(), ratios[0] * ratios[1]
+    off = (product * weights[first:] + weights[:first]).abs()
+    alike &= (off <= _ALIKE * weights[:first].abs()) | (product == 0)
+    return ratios if alike.all() else (none, none)
 
 
 def exact_norms(module: Module, estimate: Estimate) -> Estimate:
