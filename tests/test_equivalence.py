@@ -154,7 +154,8 @@ def test_concatenation_is_summation(ranks, shape, dtype, seed):
     order = torch.randperm(sum(ranks), generator=g)
     A, B, scale = concatenated(adapters, weights, dtype)["layers.0"]
     assert lk.check_concat_sum(adapters, {"layers.0": (A[order], B[:, order], scale)}, weights=weights).passed
-    assert not lk.check_concat_sum(adapters, {"layers.0": (A, B, 1.1 * scale)}, weights=weights).passed
+    wrong = lk.check_concat_sum(adapters, {"layers.0": (A, B, 1.1 * scale)}, weights=weights)
+    assert not wrong.passed or wrong.worst.bound > 0.09, "unless the adapters cancel, and leave rounding errors"
 
 
 def test_adapters_that_cancel():
