@@ -116,11 +116,12 @@ def truncation(merge: Merge) -> dict:
     memory, probe = peak_of(lambda: lk.truncate(merge.terms, RANK)), ReadProbe("cpu")
     found = lk.truncate(merge.terms, RANK)
     for name in list(merge.terms)[: len(LAYER)]:
-        rest = lk.delta_distance([(found[name].A, found[name].B, 1.0)], merge.terms[name])
-        total = lk.delta_distance([(A, B, 0.0) for A, B, _ in merge.terms[name]], merge.terms[name])
-        wide = lk.truncate(merge.terms[name], None, dtype=torch.float64).singular_values
-        wanted = float(wide[RANK:].square().sum().sqrt() / wide.square().sum().sqrt())
-        _refuse_if(abs(rest - wanted) > 1e-3 * total, f"truncate of {name}")
+        A, B, _ = found[name]
+        sigma = lk.truncate(merge.terms[name], None, dtype=torch.float64).singular_values
+        wanted = float(sigma[:RANK].norm() / sigma.norm()), float(sigma[RANK:].norm() / sigma.norm())
+        got = lk.delta_norm(A, B) / float(sigma.norm()), lk.delta_distance([(A, B, 1.0)], merge.terms[name])
+        wrong = max(abs(x - y) for x, y in zip(got, wanted, strict=True))
+        _refuse_if(wrong > torch.finfo(A.dtype).eps, f"truncate of {name}")
     del found
     timed = in_turns({"ours": lambda: lk.truncate(merge.terms, RANK), "read": probe}, OURS)
     floor = 2 * merge.bytes / (probe.bytes / timed["read"]["seconds"])
