@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/gram.h"
 #include "cpu/lora.h"
 #include "cpu/probe.h"
 #include "cpu/threads.h"
@@ -23,7 +24,11 @@ using IndexTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;            
 using SizeTuple = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;  // dtype, T, K, slots, r_max, d_in
 using MatrixTuple = std::tuple<uintptr_t, int64_t>;                              // data, row stride
 using RoutingTuple =
-    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;  // scale ranks gates order starts
+    std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;   // scale ranks gates order starts
+using SetTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // data, dtype, rows, row and column stride
+using RowsTuple = std::tuple<int64_t, int64_t>;                          // sets, columns
+// products, first, factors, allowed, ratios, step
+using LinesTuple = std::tuple<uintptr_t, int64_t, uintptr_t, double, uintptr_t, double>;
 
 cpu::Indices indices_of(const IndexTuple& t) {
   return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -113,6 +118,61 @@ void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<Wei
   cpu::backward(g, indices_of(indices), threads);
 }
 
+// X of every problem: it has the next of the sets.
+std::vector<Rows> rows_of(const std::vector<RowSet>& sets, const std::vector<RowsTuple>& problems) {
+  std::vector<Rows> out;
+  const RowSet* next = sets.data();
+  for (const auto& [num_sets, columns] : problems) {
+    int64_t total = 0;
+    for (int64_t s = 0; s < num_sets; ++s) total += next[s].rows;
+    out.push_back({next, num_sets, total, columns});
+    next += num_sets;
+  }
+  return out;
+}
+
+std::vector<RowSet> sets_of(const std::vector<SetTuple>& given) {
+  std::vector<RowSet> sets;
+  for (const auto& [data, dtype, count, row_stride, column_stride] : given)
+    sets.push_back({pointer<const void>(data), static_cast<Dtype>(dtype), count, row_stride, column_stride});
+  return sets;
+}
+
+void gram(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& sizes, const std::vector<uintptr_t>& out,
+          int threads) {
+  const std::vector<RowSet> sets = sets_of(given);
+  std::vector<GramProblem> problems;
+  for (const Rows& x : rows_of(sets, sizes)) problems.push_back({x, pointer<double>(out.at(problems.size()))});
+  py::gil_scoped_release release;
+  cpu::gram(problems, threads);
+}
+
+void sketch(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& sizes,
+            const std::vector<uintptr_t>& probes, const std::vector<uintptr_t>& out, int threads) {
+  const std::vector<RowSet> sets = sets_of(given);
+  std::vector<SketchProblem> problems;
+  for (const Rows& x : rows_of(sets, sizes)) {
+    const size_t i = problems.size();
+    problems.push_back({x, pointer<const double>(probes.at(i)), pointer<double>(out.at(i))});
+  }
+  py::gil_scoped_release release;
+  cpu::sketch(problems, threads);
+}
+
+void lines(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& sizes,
+           const std::vector<LinesTuple>& lines, uintptr_t out, int threads) {
+  const std::vector<RowSet> sets = sets_of(given);
+  std::vector<LinesProblem> problems;
+  for (const Rows& x : rows_of(sets, sizes)) {
+    const size_t i = problems.size();
+    const auto& [products, first, factors, allowed, ratios, step] = lines.at(i);
+    problems.push_back({x, pointer<const double>(products), first, pointer<const double>(factors), allowed,
+                        pointer<const double>(ratios), step, pointer<double>(out) + kLineNumbers * i});
+  }
+  py::gil_scoped_release release;
+  cpu::lines(problems, threads);
+}
+
 uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   return cpu::read_buffer(pointer<const void>(data), bytes, threads);
@@ -137,6 +197,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("expand", &expand);
   m.def("bgmv", &bgmv);
   m.def("backward", &backward);
+  m.attr("probes") = kProbes;
+  m.def("gram", &gram);
+  m.def("sketch", &sketch);
+  m.def("lines", &lines);
   m.def("usable_isas", &cpu::usable_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("force_isa", &cpu::force_isa);

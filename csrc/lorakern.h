@@ -18,7 +18,8 @@
 
 namespace lorakern {
 
-enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// float64: rows of a Gram matrix only.
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 constexpr int kMaxSlices = 8;
 
@@ -52,6 +53,48 @@ struct LoraParams {
   bool accumulate;  // y += or y =, for tokens that have an adapter
   bool packed;      // B is
 };
+
+struct RowSet {  // some rows of X: element (row, column) lies at data + row * row_stride + column * column_stride
+  const void* data;
+  Dtype dtype;
+  int64_t rows, row_stride, column_stride;
+};
+
+struct Rows {  // X: the rows of all sets, one below the other
+  const RowSet* sets;
+  int64_t num_sets, rows, columns;
+};
+
+struct GramProblem {  // out = X X^T in float64
+  Rows x;
+  double* out;  // (rows, rows)
+};
+
+constexpr int kProbes = 16;
+
+struct SketchProblem {  // products = X probes^T and norms[r] = ||X_r||^2, in float64
+  Rows x;
+  const double* probes;  // (columns, kProbes)
+  double* out;           // (rows, kProbes + 1): products, then the norm
+};
+
+// The lines of a matrix L = sum over rows r of X_r products_r^T, that is (columns, kProbes), and of its part from the
+// first `first` rows. Beside them, outliers: where row first + r of X should be ratios[r] times row r, the elements
+// that are off by more than a quarter and by more than `step`. A ratio of NaN looks for none.
+struct LinesProblem {
+  Rows x;
+  const double* products;  // (rows, kProbes)
+  int64_t first;
+  const double* factors;  // (rows), from row `first` on: line k may have the square allowed + sum_r factors[r] X_rk^2
+  double allowed;
+  const double* ratios;  // (first), or null: then there may be more or fewer rows than first after row `first`
+  double step;
+  double* out;  // (kLineNumbers)
+};
+
+// ||L||^2 / kProbes, the same of the part, largest square of a line over what it may have, that line, outliers, and
+// column * first + r of the first of them.
+constexpr int kLineNumbers = 6;
 
 struct LoraGradParams {  // gradients of y = delta(x): any output may be null
   LoraParams forward;    // h holds A x; y is unused

@@ -11,15 +11,37 @@ from lorakern.adapters import LoraAdapter, LoraFactors
 from lorakern.backends import use_backend
 from lorakern.errors import LorakernError
 from lorakern.info import info
-from lorakern.ops import Plan, bgmv, expand, lora_delta, plan, sgmv, shrink, warmup
+from lorakern.ops import (
+    EquivalenceReport,
+    ModuleCheck,
+    Plan,
+    Truncated,
+    bgmv,
+    check_concat_sum,
+    delta_distance,
+    delta_norm,
+    expand,
+    lora_delta,
+    plan,
+    sgmv,
+    shrink,
+    truncate,
+    warmup,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "EquivalenceReport",
     "LoraAdapter",
     "LoraFactors",
     "LorakernError",
+    "ModuleCheck",
     "Plan",
+    "Truncated",
     "bgmv",
+    "check_concat_sum",
+    "delta_distance",
+    "delta_norm",
     "expand",
     "info",
     "lora_delta",
@@ -27,6 +49,7 @@ __all__ = [
     "plan",
     "sgmv",
     "shrink",
+    "truncate",
     "use_backend",
     "warmup",
 ]

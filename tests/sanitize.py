@@ -20,6 +20,7 @@ PROGRAM = ["tests/native/concurrent.cpp", "-std=c++17", "-Icsrc", "-O1", "-g1", 
 TESTS = [
     "bgmv",
     "autograd",
+    "gram",
     "dispatch",
     "errors",
     "threads",

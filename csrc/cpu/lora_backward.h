@@ -1,5 +1,6 @@
 // The backward of shrink and expand as units of work, on the same micro-kernels.
 #pragma once
+#include "gram_unit.h"
 #include "lora_forward.h"
 
 namespace {
@@ -146,7 +147,12 @@ constexpr lorakern::Variant variant(const char* name) {
           back_scratch<T>,
           back<T>,
           outer_scratch<T>,
-          outer<T>};
+          outer<T>,
+          packed_width,
+          packed_scratch,
+          gram,
+          sketch,
+          lines};
 }
 
 // One table entry per Dtype, in its order.

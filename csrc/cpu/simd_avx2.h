@@ -49,6 +49,22 @@ inline void vec_store(bf16* p, Vec a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 
+struct Wide {  // kWidth / 2 float64
+  __m256d v;
+};
+constexpr int kWideRows = 4;  // of a tile of kWidth columns: eight sums, 2 operands and a broadcast
+
+inline Wide wide_zero() { return {_mm256_setzero_pd()}; }
+inline Wide wide_set(double a) { return {_mm256_set1_pd(a)}; }
+inline Wide wide_add(Wide a, Wide b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline Wide wide_fma(Wide a, Wide b, Wide c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline Wide wide_load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline void wide_store(double* p, Wide a) { _mm256_storeu_pd(p, a.v); }
+inline void vec_widen(double* p, Vec a) {
+  _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
+  _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
+}
+
 inline void vec_transpose(Vec* r) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {

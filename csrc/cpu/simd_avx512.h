@@ -72,6 +72,22 @@ inline void vec_store_n(T* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), load_16(full));
 }
 
+struct Wide {  // kWidth / 2 float64
+  __m512d v;
+};
+constexpr int kWideRows = 8;  // of a tile of kWidth columns: sixteen sums, 2 operands and a broadcast
+
+inline Wide wide_zero() { return {_mm512_setzero_pd()}; }
+inline Wide wide_set(double a) { return {_mm512_set1_pd(a)}; }
+inline Wide wide_add(Wide a, Wide b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Wide wide_fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline Wide wide_load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline void wide_store(double* p, Wide a) { _mm512_storeu_pd(p, a.v); }
+inline void vec_widen(double* p, Vec a) {
+  _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+  _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
+}
+
 inline void vec_transpose(Vec* r) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {

@@ -33,6 +33,22 @@ inline void vec_store(T* p, Vec a) {
   for (int i = 0; i < 4; ++i) from_float(a.v[i], p + i);
 }
 
+typedef double WideRaw __attribute__((vector_size(16), aligned(8)));
+struct Wide {  // kWidth / 2 float64
+  WideRaw v;
+};
+constexpr int kWideRows = 4;  // of a tile of kWidth columns: eight sums fit in 16 registers
+
+inline Wide wide_zero() { return {WideRaw{0, 0}}; }
+inline Wide wide_set(double a) { return {WideRaw{a, a}}; }
+inline Wide wide_add(Wide a, Wide b) { return {a.v + b.v}; }
+inline Wide wide_fma(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
+inline Wide wide_load(const double* p) { return {*reinterpret_cast<const WideRaw*>(p)}; }
+inline void wide_store(double* p, Wide a) { *reinterpret_cast<WideRaw*>(p) = a.v; }
+inline void vec_widen(double* p, Vec a) {
+  for (int i = 0; i < kWidth; ++i) p[i] = a.v[i];
+}
+
 inline void vec_transpose(Vec* rows) {
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < i; ++j) {

@@ -56,6 +56,15 @@ struct OuterJob {
   bool transposed;
 };
 
+// Units over some columns of a problem. They write, in doubles: (width, width) of a Gram matrix, of which only what is
+// on or right of the diagonal means anything; (width, kProbes) products and (width) norms; the numbers of lines.
+template <typename Problem>
+struct ColumnUnit {
+  const Problem* problem;
+  int64_t begin, end;
+  double* out;
+};
+
 struct Variant {
   const char* name;
   int64_t panel_columns;                         // widths of column ranges should be multiples of it
@@ -67,6 +76,11 @@ struct Variant {
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
   int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
+  int64_t (*packed_width)(int64_t rows);
+  int64_t (*packed_scratch)(int64_t rows);  // doubles, of each of the following
+  void (*gram)(const ColumnUnit<GramProblem>&, double* scratch);
+  void (*sketch)(const ColumnUnit<SketchProblem>&, double* scratch);
+  void (*lines)(const ColumnUnit<LinesProblem>&, double* scratch);
 };
 
 constexpr int64_t kSumFloats = 1 << 17;  // of float32 sums a thread keeps where tokens get several terms: half of L2

@@ -4,6 +4,8 @@ It uses the OpenMP runtime that torch has loaded and as many threads as `torch.g
 nothing unusual about them do not come here: `lorakern.ops._fast` is their shorter way to the same kernels.
 """
 
+from itertools import accumulate, pairwise
+
 import torch
 
 from lorakern.errors import LorakernError
@@ -18,6 +20,7 @@ except ImportError as error:
 
 NAME = "cpu"
 VALIDATES = True  # index and rank values, and that y shares no memory with an input
+PROBES = 16  # columns of what `sketch` and `lines` multiply by
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -72,6 +75,42 @@ def _write(y, columns, y_offset, run):
         copy = target.contiguous()
         run((copy.data_ptr(), copy.stride(0)))
         target.copy_(copy)
+
+
+def _row_sets(rows, sizes):
+    """(address, dtype, rows and strides of each matrix; matrices and columns of each problem; its rows)."""
+    types = _DTYPES | {torch.float64: 3}
+    for tensor in rows:
+        if tensor.device.type != "cpu":
+            raise LorakernError(f"the cpu backend takes tensors on the CPU; got one on {tensor.device}")
+    firsts = [0, *accumulate(sizes)]
+    sets = [(t.data_ptr(), types[t.dtype], t.shape[0], *t.stride()) for t in rows]
+    counts = [sum(s[2] for s in sets[first:last]) for first, last in pairwise(firsts)]
+    return sets, [(size, rows[first].shape[1]) for size, first in zip(sizes, firsts, strict=False)], counts
+
+
+def gram(rows, sizes):
+    sets, problems, counts = _row_sets(rows, sizes)
+    out = [torch.empty(count, count, dtype=torch.float64) for count in counts]
+    _call(_cpu.gram, sets, problems, [o.data_ptr() for o in out])
+    return out
+
+
+def sketch(rows, sizes, probes):
+    sets, problems, counts = _row_sets(rows, sizes)
+    out = [torch.empty(count, PROBES + 1, dtype=torch.float64) for count in counts]
+    _call(_cpu.sketch, sets, problems, [p.data_ptr() for p in probes], [o.data_ptr() for o in out])
+    return out
+
+
+def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
+    sets, problems, _ = _row_sets(rows, sizes)
+    out = torch.empty(len(sizes), 6, dtype=torch.float64)
+    products, factors = [p.data_ptr() for p in products], [f.data_ptr() for f in factors]
+    ratios = [r.data_ptr() if len(r) else 0 for r in ratios]
+    arguments = list(zip(products, firsts, factors, allowed, ratios, steps, strict=True))
+    _call(_cpu.lines, sets, problems, arguments, out.data_ptr())
+    return out
 
 
 def plan(indices, num_slots):

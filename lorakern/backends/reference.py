@@ -16,6 +16,41 @@ def missing():
     return None
 
 
+def _stacked(rows, sizes):
+    """X of each problem in float64: the next `size` of the (r, columns) matrices, one below the other."""
+    rest = iter(rows)
+    return [torch.cat([next(rest).double() for _ in range(size)]) for size in sizes]
+
+
+def gram(rows, sizes):
+    """X X^T of each problem."""
+    return [x @ x.T for x in _stacked(rows, sizes)]
+
+
+def sketch(rows, sizes, probes):
+    """[X probes, ||X_r||^2] of each problem: (R, probes + 1)."""
+    return [
+        torch.cat([x @ p, x.square().sum(dim=1, keepdim=True)], dim=1)
+        for x, p in zip(_stacked(rows, sizes), probes, strict=True)
+    ]
+
+
+def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
+    """(problems, 6): ||L||^2 / probes for L = X^T products, the same of the first rows' part, the worst line, which
+    one; how many elements of the further rows are not ratios times the first ones, column * first + row of one."""
+    out = []
+    of_problem = zip(products, firsts, factors, allowed, ratios, steps, strict=True)
+    for x, (p, first, f, a, ratio, step) in zip(_stacked(rows, sizes), of_problem, strict=True):
+        squares = (x.T @ p).square().mean(dim=1)
+        part = (x[:first].T @ p[:first]).square().mean(dim=1)
+        excess, line = torch.where(squares > 0, squares / (a + x[first:].T.square() @ f[first:]), 0.0).max(dim=0)
+        wanted = ratio[:, None] * x[: len(ratio)]
+        off = (x[first : first + len(ratio)] - wanted).square() > wanted.square() / 16 + step**2
+        where = off.T.flatten().int().argmax() if off.any() else line.new_zeros(())
+        out.append(torch.stack([squares.sum(), part.sum(), excess, line.double(), off.sum().double(), where.double()]))
+    return torch.stack(out)
+
+
 def plan(indices, num_slots):
     """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32."""
     slots = indices.reshape(-1).long()

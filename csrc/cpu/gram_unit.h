@@ -1,0 +1,242 @@
+// Gram matrices as units of work: rows of any dtype and strides are packed as float64, a column of all rows after the
+// other, and multiplied there. The product of two float32 is exact in float64, so only the sums round.
+#pragma once
+#include <algorithm>
+#include <limits>
+
+#include "variant.h"
+
+namespace {
+
+using lorakern::ColumnUnit;
+using lorakern::Dtype;
+using lorakern::kProbes;
+using lorakern::Rows;
+using lorakern::RowSet;
+
+constexpr int64_t kPackedColumns = 128;  // packed, and summed in registers, at a time
+
+inline int64_t packed_width(int64_t rows) { return (rows + kWidth - 1) / kWidth * kWidth; }
+
+// A packed column is longer than the rows: whole vectors are stored wherever a set ends.
+inline int64_t packed_stride(int64_t rows) { return packed_width(rows) + kWidth; }
+
+// The packed columns, and what `lines` keeps: factors, and its sums for kWideRows columns.
+inline int64_t packed_scratch(int64_t rows) {
+  return packed_stride(rows) * (kPackedColumns + 1) + kWideRows * lorakern::kProbes;
+}
+
+inline double to_double(double value) { return value; }
+template <typename T>
+double to_double(T value) {
+  return to_float(value);
+}
+
+// Columns begin .. begin + depth of a set, each `stride` doubles after the one before it.
+template <typename T>
+void pack_set(const RowSet& set, int64_t begin, int64_t depth, double* out, int64_t stride) {
+  const T* data = static_cast<const T*>(set.data) + begin * set.column_stride;
+  if constexpr (sizeof(T) < 8) {
+    if (set.row_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t r = 0; r < set.rows; r += kWidth) {
+          const T* from = data + k * set.column_stride + r;
+          const int64_t live = set.rows - r;
+          vec_widen(out + k * stride + r, live >= kWidth ? vec_load(from) : vec_load_n(from, static_cast<int>(live)));
+        }
+      return;
+    }
+    if (set.column_stride == 1) {
+      for (int64_t r = 0; r < set.rows; r += kWidth)
+        for (int64_t k = 0; k < depth; k += kWidth) {
+          const T* from = data + r * set.row_stride + k;
+          const int live = static_cast<int>(std::min<int64_t>(set.rows - r, kWidth)),
+                    some = static_cast<int>(std::min<int64_t>(depth - k, kWidth));
+          Vec columns[kWidth];
+          // So many rows are more streams than the hardware follows: ask for the columns that are packed next.
+          for (int i = 0; i < live; ++i) __builtin_prefetch(from + i * set.row_stride + kPackedColumns);
+          if (live == kWidth && some == kWidth)
+            load_block<true>(from, set.row_stride, live, some, columns);
+          else
+            load_block<false>(from, set.row_stride, live, some, columns);
+          for (int i = 0; i < some; ++i) vec_widen(out + (k + i) * stride + r, columns[i]);
+        }
+      return;
+    }
+  }
+  for (int64_t r = 0; r < set.rows; ++r)
+    for (int64_t k = 0; k < depth; ++k)
+      out[k * stride + r] = to_double(data[r * set.row_stride + k * set.column_stride]);
+}
+
+inline void pack_any(const RowSet& set, int64_t begin, int64_t depth, double* out, int64_t stride) {
+  switch (set.dtype) {
+    case Dtype::kFloat32:
+      return pack_set<float>(set, begin, depth, out, stride);
+    case Dtype::kFloat16:
+      return pack_set<f16>(set, begin, depth, out, stride);
+    case Dtype::kBFloat16:
+      return pack_set<bf16>(set, begin, depth, out, stride);
+    case Dtype::kFloat64:
+      return pack_set<double>(set, begin, depth, out, stride);
+  }
+}
+
+// Columns begin .. begin + depth of all sets, in ascending order of the sets: what a set's last vector stores beyond
+// its rows is zero, or overwritten by the next set.
+inline void pack(const Rows& x, int64_t begin, int64_t depth, double* out, int64_t stride) {
+  for (int64_t s = 0; s < x.num_sets; ++s) {
+    pack_any(x.sets[s], begin, depth, out, stride);
+    out += x.sets[s].rows;
+  }
+}
+
+// What lies beyond the rows of a packed column takes part in sums of whole vectors.
+inline void clear_padding(int64_t rows, double* packed, int64_t stride) {
+  for (int64_t k = 0; k < kPackedColumns; ++k) std::fill(packed + k * stride + rows, packed + (k + 1) * stride, 0.0);
+}
+
+struct Operand {
+  const double* data;
+  int64_t row, depth;  // strides
+};
+
+// out[i][j] += sum over `depth` of left[i] * right[j], for kWideRows rows i and kWidth neighbours j.
+ALWAYS_INLINE void wide_tile(Operand left, Operand right, int64_t depth, double* out, int64_t out_stride) {
+  constexpr int kHalf = kWidth / 2;
+  Wide sums[kWideRows][2];
+  for (auto& row : sums) row[0] = row[1] = wide_zero();
+  for (int64_t k = 0; k < depth; ++k, left.data += left.depth, right.data += right.depth) {
+    const Wide low = wide_load(right.data), high = wide_load(right.data + kHalf);
+#pragma GCC unroll 8
+    for (int i = 0; i < kWideRows; ++i) {
+      const Wide factor = wide_set(left.data[i * left.row]);
+      sums[i][0] = wide_fma(factor, low, sums[i][0]);
+      sums[i][1] = wide_fma(factor, high, sums[i][1]);
+    }
+  }
+  for (int i = 0; i < kWideRows; ++i)
+    for (int h = 0; h < 2; ++h) {
+      double* to = out + i * out_stride + h * kHalf;
+      wide_store(to, wide_add(wide_load(to), sums[i][h]));
+    }
+}
+
+inline void gram(const ColumnUnit<lorakern::GramProblem>& u, double* packed) {
+  const Rows& x = u.problem->x;
+  const int64_t width = packed_width(x.rows), stride = packed_stride(x.rows);
+  std::fill(u.out, u.out + width * width, 0.0);
+  clear_padding(x.rows, packed, stride);
+  for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
+    const int64_t depth = std::min(u.end - begin, kPackedColumns);
+    pack(x, begin, depth, packed, stride);
+    for (int64_t j = 0; j < width; j += kWidth)
+      for (int64_t i = 0; i < j + kWidth; i += kWideRows)
+        wide_tile({packed + i, 1, stride}, {packed + j, 0, stride}, depth, u.out + i * width + j, width);
+  }
+}
+
+inline void sketch(const ColumnUnit<lorakern::SketchProblem>& u, double* packed) {
+  const Rows& x = u.problem->x;
+  const int64_t width = packed_width(x.rows), stride = packed_stride(x.rows);
+  double* norms = u.out + width * kProbes;
+  std::fill(u.out, norms + width, 0.0);
+  clear_padding(x.rows, packed, stride);
+  for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
+    const int64_t depth = std::min(u.end - begin, kPackedColumns);
+    const double* probes = u.problem->probes + begin * kProbes;
+    pack(x, begin, depth, packed, stride);
+    for (int64_t i = 0; i < width; i += kWideRows)
+      for (int j = 0; j < kProbes; j += kWidth)
+        wide_tile({packed + i, 1, stride}, {probes + j, 0, kProbes}, depth, u.out + i * kProbes + j, kProbes);
+    for (int64_t r = 0; r < width; r += kWidth / 2) {
+      Wide sum = wide_load(norms + r);
+      for (int64_t k = 0; k < depth; ++k) {
+        const Wide value = wide_load(packed + k * stride + r);
+        sum = wide_fma(value, value, sum);
+      }
+      wide_store(norms + r, sum);
+    }
+  }
+}
+
+inline double sum_of_squares(const double* values, int count) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) sum += values[i] * values[i];
+  return sum;
+}
+
+// sum_r factors[r] * values[r]^2 over whole vectors.
+inline double weighted_squares(const double* values, const double* factors, int64_t count) {
+  constexpr int kHalf = kWidth / 2;
+  Wide sum = wide_zero();
+  for (int64_t r = 0; r < count; r += kHalf) {
+    const Wide value = wide_load(values + r);
+    sum = wide_fma(wide_fma(value, value, wide_zero()), wide_load(factors + r), sum);
+  }
+  double lanes[kHalf], total = 0;
+  wide_store(lanes, sum);
+  for (double lane : lanes) total += lane;
+  return total;
+}
+
+// Is `value` neither within a quarter nor within a step of ratio * source? Never, for a ratio of NaN.
+inline bool is_outlier(double source, double value, double ratio, double step) {
+  const double wanted = ratio * source, off = value - wanted;
+  return off * off > wanted * wanted / 16 + step * step;
+}
+
+inline int64_t outliers(const double* source, const double* values, const lorakern::LinesProblem& p) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < p.first; ++r) count += is_outlier(source[r], values[r], p.ratios[r], p.step);
+  return count;
+}
+
+inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
+  const lorakern::LinesProblem& p = *u.problem;
+  const int64_t stride = packed_stride(p.x.rows), last = p.x.rows - p.first;
+  double *factors = packed + kPackedColumns * stride, *sums = factors + stride;
+  std::fill(packed, factors, 0.0);
+  std::fill(std::copy(p.factors + p.first, p.factors + p.x.rows, factors), factors + stride, 0.0);
+  double whole = 0, part = 0, worst = 0, index = 0, where = 0;
+  int64_t off = 0;
+  for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
+    const int64_t depth = std::min(u.end - begin, kPackedColumns);
+    pack(p.x, begin, depth, packed, stride);
+    for (int64_t k = 0; p.ratios && k < depth; ++k) {
+      const double* column = packed + k * stride;
+      const int64_t found = outliers(column, column + p.first, p);
+      if (found > 0 && off == 0) {
+        int64_t r = 0;
+        while (!is_outlier(column[r], column[p.first + r], p.ratios[r], p.step)) ++r;
+        where = static_cast<double>((begin + k) * p.first + r);
+      }
+      off += found;
+    }
+    for (int64_t k = 0; k < depth; k += kWideRows) {
+      const double* columns = packed + k * stride;
+      const int live = static_cast<int>(std::min<int64_t>(depth - k, kWideRows));
+      const auto add = [&](int64_t from, int64_t count) {
+        for (int j = 0; j < kProbes; j += kWidth)
+          wide_tile({columns + from, stride, 1}, {p.products + from * kProbes + j, 0, kProbes}, count, sums + j,
+                    kProbes);
+      };
+      std::fill(sums, sums + kWideRows * kProbes, 0.0);
+      add(0, p.first);
+      part += sum_of_squares(sums, live * kProbes);
+      add(p.first, last);
+      for (int i = 0; i < live; ++i) {
+        const double square = sum_of_squares(sums + i * kProbes, kProbes) / kProbes;
+        const double may = p.allowed + weighted_squares(columns + i * stride + p.first, factors, last);
+        whole += square;
+        if (square <= worst * may) continue;
+        worst = may > 0 ? square / may : std::numeric_limits<double>::infinity();
+        index = static_cast<double>(begin + k + i);
+      }
+    }
+  }
+  const double out[lorakern::kLineNumbers] = {whole, part / kProbes, worst, index, static_cast<double>(off), where};
+  std::copy(out, out + lorakern::kLineNumbers, u.out);
+}
+
+}  // namespace
