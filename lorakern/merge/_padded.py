@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad
 
-from lorakern.merge._truncate import truncate
+from lorakern.ops import truncate
 
 
 def stacked_A(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

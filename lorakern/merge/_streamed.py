@@ -12,8 +12,8 @@ import torch
 
 from lorakern.errors import LorakernError
 from lorakern.merge._sparsify import CounterMask
-from lorakern.merge._truncate import truncate
 from lorakern.merge.registry import Term
+from lorakern.ops import truncate
 
 TILE_NUMEL = 1 << 19  # of all adapters together: what stays in a cache
 LEAST_ROWS = 16

@@ -4,8 +4,8 @@ import torch
 
 from lorakern.errors import LorakernError
 from lorakern.merge._padded import stacked_A, stacked_B
-from lorakern.merge._truncate import truncate
 from lorakern.merge.registry import Term, method
+from lorakern.ops import truncate
 
 
 @method("fedex")

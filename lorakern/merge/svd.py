@@ -2,8 +2,8 @@
 
 import torch
 
-from lorakern.merge._truncate import truncate
 from lorakern.merge.registry import Term, method
+from lorakern.ops import truncate
 
 
 @method("svd")
