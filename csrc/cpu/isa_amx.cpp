@@ -9,6 +9,7 @@ namespace lorakern {
 namespace {
 
 constexpr Variant with_tiles(Variant v) {
+  v.tile_ranks = kTile;
   v.shrink_scratch = shrink_amx_scratch;
   v.shrink = shrink_amx;
   v.expand_scratch = expand_scratch<TilePanels>;

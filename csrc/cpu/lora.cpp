@@ -95,7 +95,8 @@ void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Vari
 }  // namespace
 
 void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
-  constexpr int64_t kTokens = 64, kRows = 4;
+  constexpr int64_t kTokens = 64;
+  const int64_t tile = variant.tile_ranks;
   static thread_local std::vector<Pairs> groups;
   static thread_local std::vector<ShrinkUnit> units;
   units.clear();
@@ -104,7 +105,7 @@ void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
   const int64_t parts = static_cast<int64_t>(groups.size()) * p.num_slices;
   if (parts == 0) return;
   int64_t rows = p.r_max * parts / (threads > 1 ? kUnitsPerThread * threads : 1);
-  rows = std::clamp<int64_t>(rows > kRows ? rows / kRows * kRows : rows, 1, p.r_max);
+  rows = std::clamp<int64_t>((rows + tile - 1) / tile * tile, 1, p.r_max);
   for (const Pairs& group : groups)
     for (int s = 0; s < p.num_slices; ++s)
       for (int64_t row = 0, rank = rank_of(p, group.slot); row < rank; row += rows)

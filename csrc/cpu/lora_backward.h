@@ -140,6 +140,7 @@ template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
   return {name,
           kPanelColumns,
+          kTileRows,
           no_scratch,
           shrink<T>,
           expand_scratch<Panels<T>>,

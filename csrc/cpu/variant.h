@@ -68,6 +68,7 @@ struct ColumnUnit {
 struct Variant {
   const char* name;
   int64_t panel_columns;                         // widths of column ranges should be multiples of it
+  int64_t tile_ranks;                            // numbers of ranks in a shrink likewise
   int64_t (*shrink_scratch)(const ShrinkUnit&);  // floats
   void (*shrink)(const LoraParams&, const ShrinkUnit&, float* scratch);
   int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
