@@ -88,6 +88,29 @@ def test_batch_invariant_and_deterministic(isa, dtype, shape):
     assert torch.equal(whole[half:], p.rows(half, len(p.x)).bgmv())
 
 
+@pytest.mark.parametrize("rank", [1, 15, 33, 100])
+@pytest.mark.parametrize("d", [32, 70, 1536])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_how_many_tokens_share_a_slot(isa, dtype, d, rank):
+    """Around the sizes of tiles, with the tokens of the slot side by side, and with others between them."""
+    p = problem(dtype, tokens=150, slots=2, d_in=d, d_outs=(d + 9,), r_max=rank, absent=0.0)
+    for indices in (torch.zeros(150, dtype=torch.long), torch.arange(150) % 2):
+        p.indices = indices
+        whole = p.bgmv()
+        assert error_ratio(whole, p.exact()) < TOLERANCES[dtype]
+        for count in (1, 3, 15, 16, 17, 31, 33, 64, 65, 129):
+            assert torch.equal(p.rows(7, 7 + count).bgmv(), whole[7 : 7 + count])
+
+
+def test_tiles_of_others_are_left_as_they_were(isa):
+    """torch's bfloat16 products use the same tiles of the same threads."""
+    left, right = torch.randn(2, 256, 256).bfloat16()
+    before = left @ right
+    for tokens in (3, 70):
+        problem(torch.bfloat16, tokens=tokens, slots=2, d_in=256, d_outs=(64,), r_max=16).bgmv()
+        assert torch.equal(left @ right, before)
+
+
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shrink_then_expand_is_bgmv_bit_for_bit(shape, index_dtype):

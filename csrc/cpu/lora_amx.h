@@ -11,6 +11,13 @@ constexpr int64_t kPanel = kTile * kStep;  // numbers of a panel in one step
 constexpr int64_t kTileRanks = 64;         // of a slot, at a time: their panels stay in L2
 constexpr int64_t kFewTiles = 64 / kTile;  // tiles of tokens that share a step of a panel in L1
 
+// AddressSanitizer sees what is copied into tiles' memory, but not what tiles load.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool kInPlace = false;
+#else
+constexpr bool kInPlace = true;
+#endif
+
 constexpr int64_t tiles_of(int64_t count) { return (count + kTile - 1) / kTile; }
 constexpr int64_t steps_of(int64_t depth) { return (depth + kStep - 1) / kStep; }
 
@@ -118,7 +125,8 @@ struct TokenRows {
 inline TokenRows token_rows(const LoraParams& p, const int32_t* pairs, int64_t count, int64_t rows, int64_t begin,
                             int64_t depth, bf16* copy) {
   const bf16* x = static_cast<const bf16*>(p.x) + begin;
-  if (p.num_choices == 1 && rows == count && depth % kStep == 0 && pairs[count - 1] - pairs[0] == count - 1)
+  const bool in_a_row = p.num_choices == 1 && pairs[count - 1] - pairs[0] == count - 1;
+  if (kInPlace && in_a_row && rows == count && depth % kStep == 0)
     return {x + pairs[0] * p.x_stride, p.x_stride};
   const int64_t width = steps_of(depth) * kStep;
   for (int64_t i = 0; i < rows; ++i) {
