@@ -70,7 +70,7 @@ struct GramProblem {  // out = X X^T in float64
   double* out;  // (rows, rows)
 };
 
-constexpr int kProbes = 16;
+constexpr int kProbes = 8;
 
 struct SketchProblem {  // products = X probes^T and norms[r] = ||X_r||^2, in float64
   Rows x;

@@ -75,11 +75,10 @@ void gram(const std::vector<GramProblem>& problems, int threads) {
 void sketch(const std::vector<SketchProblem>& problems, int threads) {
   const Variant& variant = variant_for(Dtype::kFloat32);
   const auto finish = [&](const SketchProblem& p, const double* results, int64_t step) {
-    const double* norms = results + variant.packed_width(p.x.rows) * kProbes;
+    const int64_t width = variant.packed_width(p.x.rows);
     for (int64_t r = 0; r < p.x.rows; ++r) {
       double* out = p.out + r * (kProbes + 1);
-      for (int j = 0; j < kProbes; ++j) out[j] = add_up(results + r * kProbes + j, stretches_of(p.x), step);
-      out[kProbes] = add_up(norms + r, stretches_of(p.x), step);
+      for (int j = 0; j <= kProbes; ++j) out[j] = add_up(results + j * width + r, stretches_of(p.x), step);
     }
   };
   const Unit doubles = [](int64_t width) { return width * (kProbes + 1); };

@@ -57,7 +57,7 @@ struct OuterJob {
 };
 
 // Units over some columns of a problem. They write, in doubles: (width, width) of a Gram matrix, of which only what is
-// on or right of the diagonal means anything; (width, kProbes) products and (width) norms; the numbers of lines.
+// on or right of the diagonal means anything; (kProbes, width) products and (width) norms; the numbers of lines.
 template <typename Problem>
 struct ColumnUnit {
   const Problem* problem;

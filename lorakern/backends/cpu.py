@@ -20,7 +20,7 @@ except ImportError as error:
 
 NAME = "cpu"
 VALIDATES = True  # index and rank values, and that y shares no memory with an input
-PROBES = 16  # columns of what `sketch` and `lines` multiply by
+PROBES = 8  # columns of what `sketch` and `lines` multiply by
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
