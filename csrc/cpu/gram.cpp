@@ -16,6 +16,12 @@ using Unit = int64_t (*)(int64_t width);  // doubles that a unit writes
 
 int64_t stretches_of(const Rows& x) { return (x.columns + kStretch - 1) / kStretch; }
 
+template <typename Problem>
+int64_t results_of(const Problem&) {
+  return 0;
+}
+inline int64_t results_of(const CombineProblem& problem) { return problem.y.rows; }
+
 // Run `unit` on every stretch of every problem, and then finish(problem, results of its stretches, doubles of each).
 template <typename Problem, typename Finish>
 void by_stretches(const std::vector<Problem>& problems, int threads, Unit doubles_of,
@@ -44,7 +50,8 @@ void by_stretches(const std::vector<Problem>& problems, int threads, Unit double
     const int some = work < kLeastParallelWork ? 1 : threads;
     parallel_for(some, static_cast<int64_t>(units.size()), [&](int64_t i) {
       static thread_local Scratch<double> scratch;
-      unit(units[i], scratch.get(variant.packed_scratch(units[i].problem->x.rows)));
+      const Problem& problem = *units[i].problem;
+      unit(units[i], scratch.get(variant.packed_scratch(problem.x.rows, results_of(problem))));
     });
     parallel_for(some, last - first, [&](int64_t i) {
       const Problem& problem = problems[first + i];
@@ -98,6 +105,12 @@ void lines(const std::vector<LinesProblem>& problems, int threads) {
     }
   };
   by_stretches(problems, threads, [](int64_t) -> int64_t { return kLineNumbers; }, variant.lines, variant, finish);
+}
+
+void combine(const std::vector<CombineProblem>& problems, int threads) {
+  const Variant& variant = variant_for(Dtype::kFloat32);
+  const auto finish = [](const CombineProblem&, const double*, int64_t) {};
+  by_stretches(problems, threads, [](int64_t) -> int64_t { return 0; }, variant.combine, variant, finish);
 }
 
 }  // namespace lorakern::cpu

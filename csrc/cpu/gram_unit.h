@@ -21,9 +21,10 @@ inline int64_t packed_width(int64_t rows) { return (rows + kWidth - 1) / kWidth 
 // A packed column is longer than the rows: whole vectors are stored wherever a set ends.
 inline int64_t packed_stride(int64_t rows) { return packed_width(rows) + kWidth; }
 
-// The packed columns, and what `lines` keeps: factors, and its sums for kWideRows columns.
-inline int64_t packed_scratch(int64_t rows) {
-  return packed_stride(rows) * (kPackedColumns + 1) + kWideRows * lorakern::kProbes;
+// The packed columns, what `lines` and `combine` multiply them by, and their sums for kWideRows columns.
+inline int64_t packed_scratch(int64_t rows, int64_t results) {
+  const int64_t factors = std::max(packed_stride(rows), rows * packed_width(results));
+  return packed_stride(rows) * kPackedColumns + factors + kWideRows * std::max(lorakern::kProbes, kWidth);
 }
 
 inline double to_double(double value) { return value; }
@@ -240,6 +241,49 @@ inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
   }
   const double out[lorakern::kLineNumbers] = {whole, part / kProbes, worst, index, static_cast<double>(off), where};
   std::copy(out, out + lorakern::kLineNumbers, u.out);
+}
+
+inline void from_double(double value, double* out) { *out = value; }
+template <typename T>
+void from_double(double value, T* out) {
+  from_float(static_cast<float>(value), out);
+}
+
+template <typename T>
+void combine_into(const ColumnUnit<lorakern::CombineProblem>& u, double* packed) {
+  const lorakern::CombineProblem& p = *u.problem;
+  const int64_t rows = p.x.rows, stride = packed_stride(rows), width = packed_width(p.y.rows);
+  double *factors = packed + kPackedColumns * stride, *sums = factors + rows * width;
+  T* y = static_cast<T*>(const_cast<void*>(p.y.data));
+  std::fill(packed, sums, 0.0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < p.y.rows; ++j) factors[r * width + j] = p.factors[j * rows + r];
+  for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
+    const int64_t depth = std::min(u.end - begin, kPackedColumns);
+    pack(p.x, begin, depth, packed, stride);
+    for (int64_t k = 0; k < depth; k += kWideRows)
+      for (int64_t j = 0; j < p.y.rows; j += kWidth) {
+        std::fill(sums, sums + kWideRows * kWidth, 0.0);
+        wide_tile<2>({packed + k * stride, stride, 1}, {factors + j, 0, width}, rows, sums, kWidth);
+        const int64_t columns = std::min<int64_t>(depth - k, kWideRows), live = std::min<int64_t>(p.y.rows - j, kWidth);
+        for (int64_t i = 0; i < columns; ++i)
+          for (int64_t n = 0; n < live; ++n)
+            from_double(sums[i * kWidth + n], y + (j + n) * p.y.row_stride + (begin + k + i) * p.y.column_stride);
+      }
+  }
+}
+
+inline void combine(const ColumnUnit<lorakern::CombineProblem>& u, double* packed) {
+  switch (u.problem->y.dtype) {
+    case Dtype::kFloat32:
+      return combine_into<float>(u, packed);
+    case Dtype::kFloat16:
+      return combine_into<f16>(u, packed);
+    case Dtype::kBFloat16:
+      return combine_into<bf16>(u, packed);
+    case Dtype::kFloat64:
+      return combine_into<double>(u, packed);
+  }
 }
 
 }  // namespace

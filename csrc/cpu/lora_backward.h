@@ -138,13 +138,10 @@ void outer(const OuterJob& job, int64_t slot, int64_t begin, int64_t end, float*
 
 template <typename T>
 constexpr lorakern::Variant variant(const char* name) {
-  return {name,           kPanelColumns,
-          shrink<T>,      expand_scratch<T>,
-          expand<T>,      back_scratch<T>,
-          back<T>,        outer_scratch<T>,
-          outer<T>,       packed_width,
-          packed_scratch, gram,
-          sketch,         lines};
+  return {name,      kPanelColumns,   shrink<T>,      expand_scratch<T>,
+          expand<T>, back_scratch<T>, back<T>,        outer_scratch<T>,
+          outer<T>,  packed_width,    packed_scratch, gram,
+          sketch,    lines,           combine};
 }
 
 // One table entry per Dtype, in its order.
