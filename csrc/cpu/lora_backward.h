@@ -153,7 +153,8 @@ constexpr lorakern::Variant variant(const char* name) {
           packed_scratch,
           gram,
           sketch,
-          lines};
+          lines,
+          combine};
 }
 
 // One table entry per Dtype, in its order.

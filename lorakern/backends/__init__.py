@@ -1,8 +1,8 @@
 """The backends, and the one place that picks among them.
 
-Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines``, the
-functions that it implements; where it cannot take every layer also refuses(op, layer), the reason why it leaves one to
-others.
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines combine``,
+the functions that it implements; where it cannot take every layer also refuses(op, layer), the reason why it leaves one
+to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 
@@ -21,7 +21,9 @@ BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
 # What serves each op by default, best first.
 _ORDER = {
-    "cpu": {op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines")},
+    "cpu": {
+        op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", "combine")
+    },
     "cuda": {
         "plan": (cuda, triton),
         "shrink": (cuda, triton),
@@ -32,6 +34,7 @@ _ORDER = {
         "gram": (reference,),
         "sketch": (reference,),
         "lines": (reference,),
+        "combine": (reference,),
     },
 }
 
