@@ -105,9 +105,7 @@ def run(
                 for source in result["inputs"]
             ]
             writer.card = card(
-                f"{len(inputs)} LoRA adapters, merged by {job.method}"
-                if len(inputs) > 1
-                else f"{job.method} of a LoRA",
+                f"LoRA adapters merged by {job.method}",
                 find(job.method).summary,
                 inputs,
                 {name: value for name, value in described(job).items() if name != "options"} | dict(job.options),

@@ -25,7 +25,6 @@ from lorakern.commands.settings import Setting, last_layer
 from lorakern.commands.sources import read_dtype, sources
 from lorakern.errors import LorakernError
 from lorakern.merge.driver import PerModule
-from lorakern.merge.options import Option
 from lorakern.merge.registry import Method, find
 
 MAX_BYTES = 64 << 10
@@ -51,9 +50,7 @@ def read_recipe(name: str) -> Job:
         raise LorakernError(f"{path}: models must name at least one adapter, got an empty list")
     for model in models:
         if not isinstance(model, dict) or not isinstance(model.get("model"), str) or not model["model"]:
-            raise LorakernError(
-                f"{path}: models must hold {{model: path, parameters: {{...}}}}, got {show(model)} in it"
-            )
+            raise LorakernError(f"{path}: models must hold {{model: path, parameters: ...}}, got {show(model)} in it")
         _known(model, ("model", "parameters"), f"{path}: model {model['model']}")
     shared = _take(fields, "parameters", dict, path, "a mapping", {})
     _known(shared, ("weight", "rank", "normalize", *method.options), f"{path}: parameters")
@@ -118,17 +115,13 @@ class _Settings:
             arguments["weights"] = self._each("weight", 1.0 if weight is None else weight, module, last)
         for name in self._method.per_adapter:
             if any(name in own for own in self._own):
-                arguments[name] = self._each(
-                    name, arguments.get(name, _default(self._method.options[name])), module, last
-                )
+                option = self._method.options[name]
+                otherwise = arguments.get(name, None if option.required else option.default)
+                arguments[name] = self._each(name, otherwise, module, last)
         return arguments
 
     def _each(self, name: str, otherwise: Any, module: str, last: int) -> list[Any]:
         return [own[name].at(module, last) if name in own else otherwise for own in self._own]
-
-
-def _default(option: Option) -> Any:
-    return None if option.required else option.default
 
 
 def _known(fields: Mapping[Any, Any], known: Collection[str], where: str) -> None:
@@ -197,11 +190,9 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
         fields = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LorakernError(
-            f"{path}: the recipe is not usable YAML ({' '.join(str(error).split())}); correct it"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise LorakernError(f"{path}: the recipe is not usable YAML ({reason}); correct it") from None
     if not isinstance(fields, dict):
-        raise LorakernError(
-            f"{path}: the recipe must be a mapping with the keys {', '.join(_KEYS)}, got {show(fields)}"
-        )
+        known = ", ".join(_KEYS)
+        raise LorakernError(f"{path}: the recipe must be a mapping with the keys {known}, got {show(fields)}")
     return fields

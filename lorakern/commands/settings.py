@@ -13,9 +13,9 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)", re.ASCII)
 class Setting:
     """The value that one parameter has in each module.
 
-    A number, word or truth value is the same everywhere. A list of numbers is a gradient: evenly spaced over the layers,
-    with straight lines between. A list of {filter, value} gives the first value whose filter is a part of the module's
-    path; one without a filter, or with "*", takes every module.
+    A number, word or truth value is the same everywhere. A list of numbers is a gradient: evenly spaced over the
+    layers, with straight lines between. A list of {filter, value} gives the first value whose filter is a part of the
+    module's path; one without a filter, or with "*", takes every module.
 
     Args:
         where: what the parameter is called in error messages.

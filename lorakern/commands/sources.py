@@ -36,17 +36,18 @@ def opened(found: Sequence[Source], *, check_finite: bool = True) -> Iterator[li
 
 def base_model(found: Sequence[Source], adapters: Sequence[AdapterFile], given: str | None, how: str) -> str | None:
     """The base model that the adapters name, or the one that was given; `how` says how to give one."""
-    names = {s.name: a.config.base_model_name_or_path for s, a in zip(found, adapters, strict=True)}
-    names = {name: base for name, base in names.items() if base}
-    if given is None and len(set(names.values())) > 1:
-        (first, one), (second, other) = next(
-            pair for pair in zip(names.items(), list(names.items())[1:], strict=False) if pair[0][1] != pair[1][1]
-        )
-        raise LorakernError(
-            f"{first} is for the base model {show(one)}, {second} for {show(other)}; adapters of different bases do not "
-            f"belong together, or, if these are names of one model, {how} says which one to write"
-        )
-    return given if given is not None else next(iter(names.values()), None)
+    if given is not None:
+        return given
+    named = [(s.name, a.config.base_model_name_or_path) for s, a in zip(found, adapters, strict=True)]
+    named = [(name, base) for name, base in named if base]
+    for name, base in named:
+        first, its_base = named[0]
+        if base != its_base:
+            raise LorakernError(
+                f"{name} is for the base model {show(base)}, {first} for {show(its_base)}; adapters of different bases "
+                f"do not belong together, or, if these are names of one model, {how} says which one to write"
+            )
+    return named[0][1] if named else None
 
 
 def check_output(out: Path, found: Sequence[Source], force: bool) -> None:
@@ -86,7 +87,7 @@ def read_device(name: str | None) -> torch.device | None:
         reason = " ".join(str(error).split())[:200]
         raise LorakernError(
             f"--device {show(name)} cannot be used ({reason}); give cpu, or cuda on a machine with a GPU"
-        )
+        ) from None
     return device
 
 
