@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_word_lists(words: Sequence[str]) -> Iterator[str]:
-    """The command line with the numbers after --weights as one word, which is what an option can take.
+    """The command line with the numbers after --weights or --density as one word, which is what an option can take.
 
     >>> list(_one_word_lists(["merge", "a", "--weights", "0.5", "-0.25", "b"]))
     ['merge', 'a', '--weights', '0.5,-0.25', 'b']
@@ -50,7 +50,7 @@ def _one_word_lists(words: Sequence[str]) -> Iterator[str]:
         if word == "--":
             yield from words
             return
-        if word == "--weights":
+        if word in ("--weights", "--density"):
             numbers = []
             while words and _is_numbers(words[0]):
                 numbers.append(words.pop(0))

@@ -8,12 +8,15 @@ from typing import Annotated
 import typer
 
 from lorakern.errors import LorakernError
+from lorakern.merge import methods
+
+METHODS = ", ".join(sorted(methods))
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The directory to write.")]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...; the CPU.")]
-Dtype = Annotated[str | None, typer.Option(help="Of the result: float16, bfloat16, float32, float64; the inputs'.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu (the default), cuda, cuda:1.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the result: float16, bfloat16, float32 or float64.")]
 Weights = Annotated[
-    str | None, typer.Option(metavar="W1 W2 ...", help="A number for each adapter; 1 each: the sum, not the mean.")
+    str | None, typer.Option(metavar="W1 W2 ...", help="A number for each adapter; else 1: a sum, no mean.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the adapter that OUT holds.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would come, write nothing.")]
@@ -27,15 +30,18 @@ def merge(
     context: typer.Context,
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER... | RECIPE.yaml", help="Files or directories.")],
     output: Output,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="cat, linear, svd, ties, ...; cat.")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help=f"{METHODS}; else cat.")] = None,
     weights: Weights = None,
     rank: Annotated[str | None, typer.Option(help="Of the result, at most; or a share of the energy: 0.95.")] = None,
-    density: Annotated[str | None, typer.Option(help="Share of entries kept (ties, dare, magnitude, knots).")] = None,
-    majority_sign: Annotated[str | None, typer.Option(help="total or frequency (ties, dare_ties, knots).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A method's option.")] = None,
+    density: Annotated[str | None, typer.Option(help="Share of entries that TIES and the like keep.")] = None,
+    majority_sign: Annotated[str | None, typer.Option(help="How TIES elects signs: total or frequency.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the method."),
+    ] = None,
     dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random; 0.")] = None,
-    missing: Annotated[str | None, typer.Option(help="An adapter without a module: zero, skip or error; zero.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; else 0.")] = None,
+    missing: Annotated[str | None, typer.Option(help="What a lacking module is: zero, skip or error.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide the weights by their sum.")] = False,
     base_model: Annotated[str | None, typer.Option(help="To write where the adapters name different ones.")] = None,
     device: Device = None,
@@ -46,22 +52,26 @@ def merge(
 ) -> None:
     """Merge adapters into one, from their files and without the base model.
 
-    lorakern merge A B C -o OUT --method ties --weights 0.5 0.3 0.2 --rank 16 --density 0.5
+    \b
+    lorakern merge A B C -o OUT --method ties --weights 0.5 0.3 0.2 \\
+        --rank 16 --density 0.5
 
-    ADAPTER is a PEFT directory, or a .safetensors file of PEFT, kohya or diffusers; OUT becomes a PEFT directory with a
-    model card. A RECIPE says the same, and may differ by model, layer and module:
+    \b
+    An ADAPTER is a PEFT directory, or a .safetensors file of PEFT, kohya or
+    diffusers. OUT becomes a PEFT directory with a model card. A RECIPE says the
+    same in YAML, where a parameter may differ by model, layer and module:
 
     \b
     merge_method: ties
     models:
-      - model: adapters/math                 # relative to the recipe
+      - model: adapters/math              # relative to the recipe
         parameters: {weight: 0.5, density: 0.4}
       - model: adapters/poet
-        parameters: {weight: [0.2, 0.8]}     # from the first layer to the last
-    parameters:                              # of all models, and the method's
+        parameters: {weight: [0.2, 0.8]}  # first layer to last, a gradient
+    parameters:                           # rank, normalize, the method's own
       rank: 16
       density: [{filter: mlp, value: 0.2}, {value: 0.5}]   # by parts of names
-    dtype: bfloat16                          # also: seed, missing, base_model
+    dtype: bfloat16                       # also: seed, missing, base_model
     """
     from lorakern.commands import merge as work
     from lorakern.commands import sources

@@ -73,7 +73,7 @@ def _table(checks: Sequence[ModuleCheck], probe: bool):
     for check in checks:
         lines = [_number(value) for value in (check.rows, check.columns)]
         probed = [_number(check.probe)] if probe else []
-        verdict = Text("pass", "green") if check.passed else Text(check.note or "fail", "bold red")
+        verdict = Text("pass", "green") if check.passed else Text(check.note.partition("; ")[0], "bold red")
         table.add_row(Text(check.module), _number(check.error), _number(check.bound), *lines, *probed, verdict)
     return table
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Progress = Callable[[int, int, str], None]
-PLAIN_WIDTH = 140  # a log has no width of its own
+PLAIN_WIDTH = 200  # a log has no width of its own
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Console:
             if not console.is_terminal:
                 console = RichConsole(width=PLAIN_WIDTH)
             for part in parts:
+                for column in getattr(part, "columns", ()):
+                    column.overflow = "fold"
                 console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
 
     @contextmanager

@@ -82,7 +82,9 @@ def run(
         check_adapters(adapters)
         config = shared_config(adapters, base or None)
         arguments, per_module = checked_arguments(job, adapters)
-        result = {"output": str(out), "written": not dry_run, **described(job), "inputs": inputs_json(job, adapters)}
+        told = described(job)
+        inputs = inputs_json(job, adapters)
+        result = {"output": str(out), "written": not dry_run, **told, "options": dict(job.options), "inputs": inputs}
         if dry_run:
             with console.progress("checking") as progress:
                 planned = plan(adapters, job.method, arguments, per_module, job.dtype, progress)
@@ -100,23 +102,19 @@ def run(
                 writer.add(module, factors)
                 ranks[module] = factors.rank
                 dtypes.add(str(factors.A.dtype).removeprefix("torch."))
-            inputs = [
-                Input(source["path"], source["sha256"], "in the recipe" if per_module else f"{source['weight']:g}")
-                for source in result["inputs"]
-            ]
             writer.card = card(
                 f"LoRA adapters merged by {job.method}",
                 find(job.method).summary,
-                inputs,
-                {name: value for name, value in described(job).items() if name != "options"} | dict(job.options),
+                [Input(source["path"], source["sha256"], _weight(source["weight"])) for source in inputs],
+                {name: value for name, value in told.items() if value is not None} | dict(job.options),
                 command,
                 base_model=base,
                 recipe=job.recipe,
             )
     written = (out / WEIGHTS_NAME).stat().st_size
     result |= {"modules": [{"module": module, "rank": rank} for module, rank in ranks.items()], "bytes": written}
-    told = f"{len(ranks)} modules, rank {span(list(ranks.values()))}, {', '.join(sorted(dtypes))}, {size(written)}"
-    console.report(result, f"{out}: {job.method} of {len(inputs)} adapters: {told}")
+    found = f"{len(ranks)} modules, rank {span(list(ranks.values()))}, {', '.join(sorted(dtypes))}, {size(written)}"
+    console.report(result, f"{out}: {job.method} of {len(inputs)} adapters: {found}")
 
 
 def checked_arguments(job: Job, adapters: Sequence[AdapterFile]) -> tuple[dict[str, Any], PerModule | None]:
@@ -138,16 +136,20 @@ def checked_arguments(job: Job, adapters: Sequence[AdapterFile]) -> tuple[dict[s
 
 
 def described(job: Job) -> dict[str, Any]:
-    """What the job asks for, as plain data."""
+    """What the job asks for besides the method's options, as plain data."""
     dtype = None if job.dtype is None else str(job.dtype).removeprefix("torch.")
     told = {"method": job.method, "rank": job.rank, "dtype": dtype, "seed": job.seed}
-    return told | {"normalize": job.normalize, "missing": job.missing, "options": dict(job.options)}
+    return told | {"normalize": job.normalize, "missing": job.missing}
 
 
 def inputs_json(job: Job, adapters: Sequence[AdapterFile]) -> list[dict[str, Any]]:
-    """The inputs as plain data."""
-    weights = job.weights or [1.0] * len(adapters)
+    """The inputs as plain data; a weight that a recipe gives by module is None."""
+    weights = job.weights or [None if job.per_module else 1.0] * len(adapters)
     return [
         {"path": source.name, "sha256": adapter.sha256(), "modules": len(adapter), "weight": weight}
         for source, adapter, weight in zip(job.sources, adapters, weights, strict=True)
     ]
+
+
+def _weight(weight: float | None) -> str:
+    return "in the recipe" if weight is None else f"{weight:g}"

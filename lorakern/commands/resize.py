@@ -1,18 +1,17 @@
 """`lorakern resize`: an adapter at another rank, each module the best approximation of its update."""
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorakern.adapters import AdapterWriter
+from lorakern.adapters import AdapterWriter, LoraFactors
 from lorakern.adapters.peft_files import WEIGHTS_NAME
 from lorakern.commands.card import Input, card
 from lorakern.commands.console import Console, kind, size, span
 from lorakern.commands.sources import check_output, on_device, opened, sources
-from lorakern.ops import delta_norm, truncate
+from lorakern.ops import delta_distance, delta_norm, truncate
 
 
 def run(
@@ -29,9 +28,9 @@ def run(
 ) -> None:
     """Write the adapter `name` at `rank`, or at the ranks that keep that share of the energy, into the folder `out`.
 
-    Reported for each module are the share of the energy ``sum sigma^2`` that is kept, and the error
-    ``||D - D_r||_F / ||D||_F`` that this makes, both before rounding to the dtype. With `dry_run` all is computed and
-    nothing written.
+    A module that has no more ranks than that keeps its factors bit for bit. Reported for each module are the share of
+    the energy ``sum sigma^2`` that is kept, and the error ``||D - D_r||_F / ||D||_F`` of the factors that are written,
+    rounded to their dtype. With `dry_run` all is computed and nothing written.
 
     Raises `LorakernError` for an adapter that cannot be read, and for an `out` that exists (unless `force`) or is the
     input. `out` is as it was then.
@@ -45,21 +44,21 @@ def run(
         with nullcontext() if dry_run else AdapterWriter(out, **config) as writer:
             with console.progress("resizing") as progress:
                 for done, module in enumerate(adapter, 1):
-                    A, B, scale = on_device(adapter[module], device)
-                    small = truncate([(A, B, scale)], rank, dtype=dtype)
+                    factors = on_device(adapter[module], device)
+                    small, energy = _resized(factors, rank, dtype)
                     if writer is not None:
-                        writer.add(module, (small.A, small.B, 1.0))
-                    kept = _kept(small.singular_values, delta_norm(A, B, scale))
-                    ranks = {"rank_before": A.shape[0], "rank": small.A.shape[0]}
-                    modules.append({"module": module, **ranks, "energy": kept, "error": math.sqrt(1.0 - kept)})
+                        writer.add(module, small)
+                    ranks = {"rank_before": factors.rank, "rank": small.rank}
+                    error = delta_distance([small], [factors])
+                    modules.append({"module": module, **ranks, "energy": energy, "error": error})
                     progress(done, len(adapter), module)
             if writer is not None:
-                energy = f"{min(module['energy'] for module in modules):.6f}"
+                least = f"{min(module['energy'] for module in modules):.6f}"
                 writer.card = card(
                     "A LoRA adapter at another rank",
                     "Each module is the best approximation of its rank (truncated singular value decomposition).",
                     [Input(name, adapter.sha256())],
-                    {"rank": rank, "least share of a module's energy that is kept": energy},
+                    {"rank": rank, "least share of a module's energy that is kept": least},
                     command,
                     base_model=adapter.config.base_model_name_or_path,
                 )
@@ -70,9 +69,14 @@ def run(
     console.report(result, _table(modules), f"{out}: {len(modules)} modules, {told}")
 
 
-def _kept(sigma: torch.Tensor, norm: float) -> float:
-    """The share of the energy of an update of that norm that these singular values hold."""
-    return min(1.0, float(sigma.square().sum()) / norm**2) if norm else 1.0
+def _resized(factors: LoraFactors, rank: int | float, dtype: torch.dtype | None) -> tuple[LoraFactors, float]:
+    """The factors at that rank, and the share of the energy that they hold."""
+    A, B, scale = factors
+    if isinstance(rank, int) and factors.rank <= rank:
+        return LoraFactors(A.to(dtype or A.dtype), B.to(dtype or B.dtype), scale), 1.0
+    small, norm = truncate([factors], rank, dtype=dtype), delta_norm(A, B, scale)
+    energy = min(1.0, float(small.singular_values.square().sum()) / norm**2) if norm else 1.0
+    return LoraFactors(small.A, small.B, 1.0), energy
 
 
 def _table(modules: list[dict[str, Any]]):

@@ -30,9 +30,6 @@ class Range:
 class PerAdapter:
     """Marks a list option that has a number for each adapter: a method gets those of its terms, in their order."""
 
-    def __str__(self) -> str:
-        return "with one for each adapter"
-
 
 Density = Annotated[float, Range(0, 1, above_low=True)]
 Densities = Density | Annotated[list[Density], PerAdapter()]
@@ -149,8 +146,9 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        told = [str(extra) for extra in arguments[1:] if isinstance(extra, Range | PerAdapter)]
-        return " ".join([_words(arguments[0]), *told])
+        if any(isinstance(extra, PerAdapter) for extra in arguments[1:]):
+            return "a list with one for each adapter"
+        return " ".join([_words(arguments[0]), *(str(extra) for extra in arguments[1:] if isinstance(extra, Range))])
     if origin in (Union, types.UnionType):
         return " or ".join(map(_words, arguments))
     if origin is Literal:
