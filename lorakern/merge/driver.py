@@ -132,7 +132,7 @@ def merge_modules(
     if per_module is not None and found.whole:
         raise LorakernError(f"per_module must be None for {method}, which merges all modules at once; leave it out")
     arguments = {"weights": weights, "rank": rank, **options}
-    _check_arguments(found, arguments, len(adapters))
+    check_arguments(found, arguments, len(adapters))
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter))
     if not modules:
         raise LorakernError("adapters hold no module; there is nothing to merge")
@@ -171,9 +171,12 @@ def _each(
         with _naming(module):
             if per_module is not None:
                 options |= per_module(module)
-                _check_arguments(found, options, count)
+                check_arguments(found, options, count)
             weights, rank = options.pop("weights"), options.pop("rank")
         terms = inputs.terms(module, weights)
+        for name in options.keys() & found.per_adapter:
+            if isinstance(options[name], list):
+                options[name] = [options[name][i] for i in inputs.holders(module)]
         with _naming(module):
             merged = found.function(terms, rank, module_generator(seed, module), **options)
         yield module, merged
@@ -215,10 +218,14 @@ def _naming(module: str) -> Iterator[None]:
         raise LorakernError(f"{module}: {error}") from None
 
 
-def _check_arguments(found: Method, arguments: Mapping[str, Any], count: int) -> None:
+def check_arguments(found: Method, arguments: Mapping[str, Any], count: int) -> None:
+    """Raise unless weights, rank and the method's options, all in `arguments`, are what it takes."""
     options = dict(arguments)
     weights, rank = options.pop("weights"), options.pop("rank")
     check_options(found.name, found.options, options)
+    for name, value in options.items():
+        if isinstance(value, list) and found.options[name].per_adapter and len(value) != count:
+            raise LorakernError(f"{name} must have {count} numbers, one for each adapter, got {show(value)}")
     if weights is not None and not _are_weights(weights, count):
         raise LorakernError(f"weights must be None or a list of {count} numbers, one per adapter, got {show(weights)}")
     if not _is_rank(rank):
