@@ -14,6 +14,7 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     dare_ties,
     fedex,
     knots,
+    lego,
     linear,
     lorahub_linear,
     magnitude_prune,
