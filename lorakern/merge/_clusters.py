@@ -1,4 +1,7 @@
-"""The clusters of LoRA-LEGO: the pools of many modules at once, at a number of clusters or at a share to be kept."""
+"""The clusters of LoRA-LEGO: many modules at once, at a number of clusters or at a share to be kept.
+
+Everything here comes from inner products, see `Pool.products`: the factors are not read.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -6,12 +9,14 @@ from typing import NamedTuple
 import torch
 
 from lorakern.merge._kmeans import kmeans
-from lorakern.merge._units import Pool, pool_of
+from lorakern.merge._units import Pool, pools
 from lorakern.merge.registry import Term
 
 # Numbers in the factors of the modules that are clustered in one call, unless one module has more.
 _BATCH_NUMBERS = 1 << 26
 _SIGN_ROUNDS = 10
+
+Rank = int | float | None
 
 
 class Options(NamedTuple):
@@ -29,130 +34,150 @@ class Options(NamedTuple):
 
 
 class Clusters(NamedTuple):
-    """A pool and the cluster of each of its units: labels (R,) int64, from 0 to k - 1 by their first unit."""
+    """A pool, the inner products (R, R) of what was clustered of it, and the clusters.
+
+    Attributes:
+        labels: (R,) int64, the cluster of each unit, from 0 to k - 1 with no number left out.
+    """
 
     pool: Pool
+    points: torch.Tensor
     labels: torch.Tensor
     k: int
-    inertia: float
 
     def averages(self) -> torch.Tensor:
         """(k, R) float64: row c times the units is their weighted mean in cluster c."""
-        own = torch.zeros(self.k, self.pool.size, dtype=torch.float64, device=self.labels.device)
-        own[self.labels, torch.arange(self.pool.size, device=self.labels.device)] = self.pool.weight
+        own = self.pool.weights.new_zeros(self.k, self.pool.size)
+        own[self.labels, torch.arange(self.pool.size, device=own.device)] = self.pool.weights
         return own / own.sum(1, keepdim=True)
+
+    def energy(self) -> float:
+        """``sum_u w_u ||u||^2``."""
+        return float(self.pool.weights @ self.points.diagonal())
+
+    def inertia(self) -> float:
+        """``sum_u w_u ||u - m_u||^2`` with m_u the mean of u's cluster: what of the energy is lost."""
+        averages = self.averages()
+        kept = (averages @ self.points * averages).sum(1)
+        return max(0.0, self.energy() - float(kept[self.labels] @ self.pool.weights))
+
+    def opposite(self) -> torch.Tensor:
+        """(R,) whether a unit's opposite is nearer to some mean than the unit is to any."""
+        averages = self.averages()
+        products = self.points @ averages.T
+        squares = (averages @ products).diagonal()
+        here, there = ((squares - 2 * sign * products).amin(1) for sign in (1, -1))
+        return there < here - 1e-9 * self.points.diagonal()
 
 
 def clustered(
     modules: Mapping[str, list[Term]],
-    ranks: Callable[[str], int | float | None],
-    generators: Callable[[str], torch.Generator],
+    ranks: Callable[[str], Rank],
+    seed: int,
     options: Options,
 ) -> Iterator[tuple[str, Clusters | None]]:
-    """(module, clusters) of every module, None where no update has a factor other than zero."""
+    """(module, clusters) of all modules, None where all updates are multiplied by zero."""
     batch, numbers = {}, 0
     for module, terms in modules.items():
-        pool = pool_of(terms, **{name: getattr(options, name) for name in _OF_THE_POOL})
-        if pool is None:
-            yield module, None
-            continue
-        size = pool.a.numel() + pool.b.numel()
+        size = sum(term.A.numel() + term.B.numel() for term in terms)
         if batch and numbers + size > _BATCH_NUMBERS:
-            yield from _search(batch, generators, options).items()
+            yield from _search(batch, ranks, seed, options)
             batch, numbers = {}, 0
-        rank = ranks(module)
-        batch[module] = pool, max(term.rank for term in terms if term.factor) if rank is None else rank
+        batch[module] = terms
         numbers += size
-    yield from _search(batch, generators, options).items()
-
-
-_OF_THE_POOL = ("fold_scale", "weights_as", "balance", "align_signs")
+    yield from _search(batch, ranks, seed, options)
 
 
 def _search(
-    batch: Mapping[str, tuple[Pool, int | float]], generators: Callable[[str], torch.Generator], options: Options
-) -> dict[str, Clusters]:
-    """The clusters at each module's rank, or at the fewest that a bisection finds to keep its share."""
-    pools = {module: pool for module, (pool, _) in batch.items()}
-    shares = {module: rank for module, (_, rank) in batch.items() if isinstance(rank, float)}
-    allowed = {module: (1 - share) * _spread(pools[module], options) for module, share in shares.items()}
-    low, high = dict.fromkeys(shares, 0), {module: pools[module].size for module in shares}
-    # as many clusters as units keep everything
-    found = {module: _apart(pools[module]) for module in shares}
-    wanted = {module: min(rank, pool.size) for module, (pool, rank) in batch.items() if module not in shares}
-    found |= _cluster(pools, wanted, generators, options)
-    while wanted := {module: (low[module] + high[module]) // 2 for module in shares if high[module] - low[module] > 1}:
-        for module, clusters in _cluster(pools, wanted, generators, options).items():
-            if clusters.inertia <= allowed[module]:
+    batch: Mapping[str, list[Term]], ranks: Callable[[str], Rank], seed: int, options: Options
+) -> Iterator[tuple[str, Clusters | None]]:
+    """The clusters at each module's rank, or the fewest that a bisection finds to keep its share."""
+    own = {name: getattr(options, name) for name in ("fold_scale", "weights_as", "balance", "align_signs")}
+    pool_of = dict(pools(batch, **own))
+    wanted, low, high, found, allowed = {}, {}, {}, {}, {}
+    for module, pool in pool_of.items():
+        rank = ranks(module)
+        if isinstance(rank, float):
+            # as many clusters as units keep everything
+            found[module] = Clusters(
+                pool, _points(pool, options), torch.arange(pool.size).to(pool.weights.device), pool.size
+            )
+            low[module], high[module] = 0, pool.size
+            allowed[module] = (1 - rank) * _total(found[module], options)
+        else:
+            wanted[module] = min(pool.size, rank or max(term.rank for term in pool.terms))
+    found |= _cluster(pool_of, wanted, seed, options)
+    while wanted := {module: (low[module] + high[module]) // 2 for module in low if high[module] - low[module] > 1}:
+        for module, clusters in _cluster(pool_of, wanted, seed, options).items():
+            if clusters.inertia() <= allowed[module]:
                 high[module], found[module] = wanted[module], clusters
             else:
                 low[module] = wanted[module]
-    return {module: found[module] for module in batch}
+    yield from ((module, found.get(module)) for module in batch)
 
 
 def _cluster(
-    pools: Mapping[str, Pool],
-    counts: Mapping[str, int],
-    generators: Callable[[str], torch.Generator],
-    options: Options,
+    pool_of: Mapping[str, Pool], counts: Mapping[str, int], seed: int, options: Options
 ) -> dict[str, Clusters]:
-    """The clusters of the modules that `counts` names; units are turned round as long as that brings them nearer."""
-    found, turning = {}, {module: pools[module] for module in counts}
+    """The clusters of the modules that `counts` names; units are turned as long as that brings them nearer."""
+    found, turning = {}, {module: pool_of[module] for module in counts}
     for _ in range(_SIGN_ROUNDS if options.align_signs else 1):
         if not turning:
             break
-        points = {module: _points(pool, options) for module, pool in turning.items()}
+        points = [_points(pool, options) for pool in turning.values()]
+        orders = [_order(products) for products in points]
         results = kmeans(
-            list(points.values()),
+            [_coordinates(products[order][:, order]) for products, order in zip(points, orders, strict=True)],
             [counts[module] for module in turning],
             init=options.init,
             n_init=options.n_init,
             max_iter=options.max_iter,
-            seed=[generators(module).initial_seed() for module in turning],
-            weights=[pool.weight for pool in turning.values()],
+            seed=seed,
+            weights=[pool.weights[order] for pool, order in zip(turning.values(), orders, strict=True)],
         )
         pools, turning = turning, {}
-        for (module, pool), result in zip(pools.items(), results, strict=True):
-            found[module] = _numbered(pool, result.labels, result.inertia)
-            if options.align_signs:
-                opposite = _opposite(points[module], result.centroids)
-                if opposite.any():
-                    turning[module] = pool.signed(1.0 - 2.0 * opposite)
+        for (module, pool), products, order, result in zip(pools.items(), points, orders, results, strict=True):
+            labels, k = _numbered(result.labels)
+            found[module] = clusters = Clusters(pool, products, labels[order.argsort()], k)
+            if options.align_signs and (opposite := clusters.opposite()).any():
+                turning[module] = pool.turned(1.0 - 2.0 * opposite)
     return found
 
 
-def _points(pool: Pool, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is clustered: the units, or a and b each of length one."""
+def _points(pool: Pool, options: Options) -> torch.Tensor:
+    """Inner products (R, R) of what is clustered: the units, or a and b each of length one."""
     if options.assign == "raw":
-        return pool.parts
-    return tuple(torch.nn.functional.normalize(part, dim=1) for part in pool.parts)
+        return pool.products.sum(0)
+    lengths = pool.products.diagonal(dim1=1, dim2=2).sqrt()
+    return pool.scaled((1 / lengths).where(lengths > 0, 0.0)).products.sum(0)
 
 
-def _spread(pool: Pool, options: Options) -> float:
-    """``sum_u weight_u ||point_u - c||^2``, c = 0 for the energy and the mean for the inertia."""
-    total = 0.0
-    for part in _points(pool, options):
-        part = part.double()
-        if options.share_of == "inertia":
-            part = part - pool.weight @ part / pool.weight.sum()
-        total += float(pool.weight @ part.square().sum(1))
-    return total
+def _order(products: torch.Tensor) -> torch.Tensor:
+    """The longest first, an order that no permutation of the units changes.
+
+    K-means draws places in it: so neither the order of the adapters nor that of their ranks matters.
+    """
+    # rounded, so that the last bits decide nothing
+    length, total = products.diagonal().float(), products.sum(1).float()
+    order = total.argsort(stable=True)
+    return order[length[order].argsort(stable=True, descending=True)]
 
 
-def _apart(pool: Pool) -> Clusters:
-    return Clusters(pool, torch.arange(pool.size, device=pool.a.device), pool.size, 0.0)
+def _coordinates(products: torch.Tensor) -> torch.Tensor:
+    """Points (R, R) float32 that have these inner products."""
+    values, vectors = torch.linalg.eigh(products)
+    return (vectors * values.clamp_min(0).sqrt()).float()
 
 
-def _numbered(pool: Pool, labels: torch.Tensor, inertia: float) -> Clusters:
-    """The clusters that have units, in the order of their first ones."""
+def _total(clusters: Clusters, options: Options) -> float:
+    """What a share is of: the energy, or the inertia about the mean of all units."""
+    if options.share_of == "energy":
+        return clusters.energy()
+    return clusters._replace(labels=torch.zeros_like(clusters.labels), k=1).inertia()
+
+
+def _numbered(labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The labels that occur, numbered in the order in which they do, and how many there are."""
     numbers: dict[int, int] = {}
     renamed = [numbers.setdefault(label, len(numbers)) for label in labels.tolist()]
-    return Clusters(pool, torch.tensor(renamed, device=pool.a.device), len(numbers), float(inertia))
-
-
-def _opposite(points: tuple[torch.Tensor, ...], centroids: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """(R,) whether a point's opposite is nearer to some centroid than the point is to any."""
-    products = sum(x.double() @ mean.double().T for x, mean in zip(points, centroids, strict=True))
-    squares = sum(mean.double().square().sum(1) for mean in centroids)
-    here, there = ((squares - 2 * sign * products).amin(1) for sign in (1, -1))
-    return there < here - 1e-9 * here.abs()
+    return torch.tensor(renamed, device=labels.device), len(numbers)

@@ -14,22 +14,22 @@ class KMeansResult(NamedTuple):
     n_iter: int
 
 
-def kmeans(problems, k, *, init, n_init, max_iter, seed, weights, tol=1e-4):
-    """One `KMeansResult` a problem."""
-    return [
-        _one(parts, count, init, n_init, max_iter, tol, start, weight)
-        for parts, count, start, weight in zip(problems, k, seed, weights, strict=True)
-    ]
+def kmeans(points, k, *, init, n_init, max_iter, seed, weights):
+    return [_one(p, count, init, n_init, max_iter, seed, w) for p, count, w in zip(points, k, weights, strict=True)]
 
 
-def _one(parts, k, init, n_init, max_iter, tol, seed, weight):
-    G = sum(gram([[part] for part in parts]))
+def kmeans_update(points, labels, k, *, weights, scales):
+    M = _means(labels, k, weights)
+    dtype = points[0][0].dtype
+    parts = [torch.cat(part) * s[:, None] for part, s in zip(points, scales, strict=True)]
+    return tuple((M @ part).to(dtype) for part in parts), M.sum(1)
+
+
+def _one(points, k, init, n_init, max_iter, seed, weight):
+    (G,) = gram([[points]])
     generator = torch.Generator().manual_seed(seed)
-    best = min(
-        (_lloyd(G, _seeds(G, k, init, weight, generator), k, weight, max_iter) for _ in range(n_init)), key=_inertia
-    )
-    M = _means(best.labels, k, weight)
-    return best._replace(centroids=tuple((M.to(part.dtype) @ part) for part in parts))
+    runs = (_lloyd(G, _seeds(G, k, init, weight, generator), k, weight, max_iter) for _ in range(n_init))
+    return min(runs, key=_inertia)
 
 
 def _inertia(result):

@@ -1,7 +1,7 @@
 """The pool of LoRA-LEGO: each rank of each adapter of a module is a unit, its row of A with its column of B."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,94 +11,93 @@ from lorakern.ops.gram import gram
 
 
 class Pool(NamedTuple):
-    """The units of a module; the sum of its updates is ``factor * sum_u scale[u] b[u] a[u]^T``.
-
-    They are sorted, the longest first, so that neither the order of the adapters nor that of their ranks matters.
+    """The units of a module, ``u = [s_a a; s_b b]``, R of them; all that clustering needs are their inner products.
 
     Attributes:
-        a: (R, d_in) float32 or float64, rows of the A_i.
-        b: (R, d_out) likewise, of any strides, columns of the B_i.
-        scale: (R,) float64, 1 for all units if scales are folded into a and b.
-        factor: what multiplies every product.
-        weight: (R,) float64, above 0: how much a unit counts in a mean.
-        term, rank: (R,) int64: of which term each is which rank.
+        terms: the terms whose updates are not multiplied by zero; a are the rows of their A, b the columns of their B.
+        places: the place of each among all terms of the module.
+        scales: (2, R) float64, s_a and s_b.
+        products: (2, R, R) float64, ``s_a a . s_a a`` and ``s_b b . s_b b`` of all pairs of units.
+        weights: (R,) float64, above 0: how much a unit counts in a mean.
+        shares: (R,) float64, which part of `factor` multiplies a unit's product; 1 if scales are folded into the units.
+        factor: the sum of the updates is ``factor * sum_u shares_u (s_b b) (s_a a)^T``.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
+    terms: list[Term]
+    places: list[int]
+    scales: torch.Tensor
+    products: torch.Tensor
+    weights: torch.Tensor
+    shares: torch.Tensor
     factor: float
-    weight: torch.Tensor
-    term: torch.Tensor
-    rank: torch.Tensor
 
     @property
     def size(self) -> int:
-        return self.a.shape[0]
+        return self.weights.shape[0]
 
     @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.a, self.b
+    def parts(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The a and the b, rows of one matrix a term."""
+        return [term.A for term in self.terms], [term.B.T for term in self.terms]
 
-    def signed(self, sign: torch.Tensor) -> "Pool":
-        """The same products, each a and b multiplied by 1 or -1."""
-        sign = sign.to(self.a.dtype)[:, None]
-        return self._replace(a=self.a * sign, b=self.b * sign)
+    def scaled(self, scales: torch.Tensor) -> "Pool":
+        """The units with a multiplied by ``scales[0]`` and b by ``scales[1]``, of shape (2, R)."""
+        products = scales[:, :, None] * self.products * scales[:, None, :]
+        return self._replace(scales=self.scales * scales, products=products)
+
+    def turned(self, signs: torch.Tensor) -> "Pool":
+        """The same maps, (a, b) as (-a, -b) where ``signs`` (R,) is -1."""
+        return self.scaled(signs.expand(2, -1))
 
 
-def pool_of(
-    terms: Sequence[Term], *, fold_scale: bool, weights_as: str, balance: bool, align_signs: bool
-) -> Pool | None:
-    """The pool of the terms that are not multiplied by zero; None if all are.
+def pools(
+    modules: Mapping[str, Sequence[Term]], *, fold_scale: bool, weights_as: str, balance: bool, align_signs: bool
+) -> Iterator[tuple[str, Pool]]:
+    """The pools of all modules that have a unit."""
+    held = {module: [pair for pair in enumerate(terms) if pair[1].factor] for module, terms in modules.items()}
+    held = {module: pairs for module, pairs in held.items() if pairs}
+    parts = [part for pairs in held.values() for part in ([t.A for _, t in pairs], [t.B.T for _, t in pairs])]
+    grams = gram(parts) if parts else []
+    for (module, pairs), a, b in zip(held.items(), grams[::2], grams[1::2], strict=True):
+        pool = _pool(pairs, torch.stack([a, b]), fold_scale, weights_as)
+        if balance:
+            pool = _balanced(pool)
+        if align_signs:
+            pool = _one_sided(pool)
+        yield module, pool
 
-    A unit's factor f is its adapter's scale, with the sign of the weight, whose magnitude counts in means
-    (``weights_as="samples"``); or scale times weight, and all count alike ("scales"). ``fold_scale`` multiplies a by
-    sqrt|f| and b by sgn(f) sqrt|f|. The largest |f| is left to `Pool.factor`, so equal scales change no bit.
-    """
-    held = [(i, term) for i, term in enumerate(terms) if term.factor]
-    if not held:
-        return None
+
+def _pool(pairs: list[tuple[int, Term]], products: torch.Tensor, fold_scale: bool, weights_as: str) -> Pool:
+    """The largest factor is left to `Pool.factor`: equal scales change no bit of a unit."""
+    terms = [term for _, term in pairs]
     samples = weights_as == "samples"
-    factors = [math.copysign(1.0, term.weight) * term.scale if samples else term.factor for _, term in held]
-    weights = [abs(term.weight) if samples else 1.0 for _, term in held]
-    device, ranks = held[0][1].A.device, torch.tensor([term.rank for _, term in held])
+    factors = [math.copysign(1.0, term.weight) * term.scale if samples else term.factor for term in terms]
+    ranks = torch.tensor([term.rank for term in terms])
 
     def spread(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64).repeat_interleave(ranks).to(device)
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(ranks).to(products.device)
 
     largest = max(map(abs, factors))
-    scale = spread([factor / largest for factor in factors])
-    a, b = torch.cat([term.A for _, term in held]), torch.cat([term.B for _, term in held], dim=1)
-    if fold_scale:
-        root = scale.abs().sqrt()
-        a, b, scale = a * root[:, None].to(a.dtype), b * (root * scale.sign()).to(b.dtype), torch.ones_like(scale)
-    if balance:
-        root = (_norms(b.T) / _norms(a)).sqrt()
-        # a product of zero has no balance
-        root = root.where(root.isfinite() & (root > 0), 1.0).to(a.dtype)
-        a, b = a * root[:, None], b / root
-    if align_signs:
-        # on the side of the pool's main axis: which side that is does not matter, only that it is one for all
-        gram_a, gram_b = gram([[a], [b.T]])
-        axis = torch.linalg.eigh(gram_a + gram_b).eigenvectors[:, -1]
-        sign = torch.where(axis < 0, -1.0, 1.0).to(a.dtype)
-        a, b = a * sign[:, None], b * sign
-    order = _order(a, b.T)
-    term = torch.tensor([i for i, _ in held]).repeat_interleave(ranks)
-    rank = torch.cat([torch.arange(count) for count in ranks.tolist()])
-    return Pool(
-        a[order], b[:, order].T, scale[order], largest, spread(weights)[order], term[order.cpu()], rank[order.cpu()]
-    )
+    weights = spread([abs(term.weight) if samples else 1.0 for term in terms])
+    shares = spread([factor / largest for factor in factors])
+    one = torch.ones_like(shares)
+    pool = Pool(terms, [i for i, _ in pairs], one.expand(2, -1), products, weights, shares, largest)
+    if not fold_scale:
+        return pool
+    root = shares.abs().sqrt()
+    return pool.scaled(torch.stack([root, root * shares.sign()]))._replace(shares=one)
 
 
-def _norms(rows: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+def _balanced(pool: Pool) -> Pool:
+    """Every a and b of the same length."""
+    lengths_a, lengths_b = pool.products.diagonal(dim1=1, dim2=2).sqrt()
+    root = (lengths_b / lengths_a).sqrt()
+    # a product of zero has no balance
+    root = root.where(root.isfinite() & (root > 0), 1.0)
+    return pool.scaled(torch.stack([root, 1 / root]))
 
 
-def _order(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Units by length, then by the sum of their entries: what no permutation of ranks or adapters changes."""
-    # rounded, so that the last bits of a sum decide nothing
-    length = torch.hypot(_norms(a), _norms(b)).float()
-    total = (a.sum(1, dtype=torch.float64) + b.sum(1, dtype=torch.float64)).float()
-    order = total.argsort(stable=True)
-    return order[length[order].argsort(stable=True, descending=True)]
+def _one_sided(pool: Pool) -> Pool:
+    """Every unit on the same side of their main axis, whichever that is."""
+    axis = torch.linalg.eigh(pool.products.sum(0)).eigenvectors[:, -1]
+    return pool.turned(torch.where(axis < 0, -1.0, 1.0).to(axis))

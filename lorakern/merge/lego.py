@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 import torch
 
 from lorakern.merge._clusters import Clusters, Options, clustered
+from lorakern.merge._kmeans import kmeans_update
 from lorakern.merge._units import Pool
 from lorakern.merge.options import Range
 from lorakern.merge.registry import Term, method
 
 # Of the members' norm: a centroid shorter than that is what rounding leaves of members that cancel.
 CANCELLED = 1e-6
+NORMS = {"inf": math.inf, "l2": 2.0}
 
 
 @method("lego", whole=True)
@@ -76,7 +78,9 @@ def lego(
     [3.0, 3.0, 3.0, 0.0]
     """
     options = Options(fold_scale, assign, align_signs, balance, weights_as, share_of, init, n_init, max_iter)
-    for module, clusters in clustered(modules, ranks, generators, options):
+    # one seed for all modules: what the others are changes nothing
+    seed = generators("").initial_seed()
+    for module, clusters in clustered(modules, ranks, seed, options):
         if clusters is None:
             term = modules[module][0]
             yield module, (term.A[:0], term.B[:, :0])
@@ -90,23 +94,30 @@ def lego(
 def _assembled(clusters: Clusters, norm: str | None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(A, B, scale) of a module: the means of its clusters, reweighted in that norm."""
     pool, averages = clusters.pool, clusters.averages()
-    A, B = (averages.to(part.dtype) @ part for part in pool.parts)
+    (a, b), _ = kmeans_update(pool.parts, clusters.labels, clusters.k, weights=pool.weights, scales=pool.scales)
     if norm is not None:
-        members, means = averages @ _norms(pool.a, pool.b, norm), _norms(A, B, norm)
-        rho = torch.where(means > CANCELLED * members, members / means, 1.0).to(A.dtype)[:, None]
-        A, B = A * rho, B * rho
-    return A, (B * (averages @ pool.scale).to(B.dtype)[:, None]).T.contiguous(), pool.factor
+        members, means = averages @ _unit_norms(pool, norm), _joint(_norms(a, norm), _norms(b, norm), norm)
+        rho = torch.where(means > CANCELLED * members, members / means, 1.0).to(a.dtype)[:, None]
+        a, b = a * rho, b * rho
+    return a, (b * (averages @ pool.shares).to(b.dtype)[:, None]).T.contiguous(), pool.factor
 
 
-def _norms(a: torch.Tensor, b: torch.Tensor, norm: str) -> torch.Tensor:
-    """(R,) float64 norms of the vectors [a; b]."""
-    order = {"inf": math.inf, "l2": 2.0}[norm]
-    halves = torch.stack([torch.linalg.vector_norm(part, order, dim=1).double() for part in (a, b)])
-    return torch.linalg.vector_norm(halves, order, dim=0)
+def _unit_norms(pool: Pool, norm: str) -> torch.Tensor:
+    """(R,) float64 norms of the units."""
+    a, b = (torch.cat([_norms(block, norm) for block in part]) for part in pool.parts)
+    return _joint(a * pool.scales[0].abs(), b * pool.scales[1].abs(), norm)
+
+
+def _norms(rows: torch.Tensor, norm: str) -> torch.Tensor:
+    return torch.linalg.vector_norm(rows, NORMS[norm], dim=1).double()
+
+
+def _joint(a: torch.Tensor, b: torch.Tensor, norm: str) -> torch.Tensor:
+    """The norms of [a; b] from those of a and b."""
+    return torch.linalg.vector_norm(torch.stack([a, b]), NORMS[norm], dim=0)
 
 
 def _reference(pool: Pool, rank: str | float) -> float:
     """The rank r of the output reweighting."""
-    ranks = torch.bincount(pool.term)
-    ranks = ranks[ranks > 0].tolist()
+    ranks = [term.rank for term in pool.terms]
     return {"mean": sum(ranks) / len(ranks), "max": max(ranks)}.get(rank, rank)
