@@ -121,6 +121,8 @@ setup(
         "lorakern",
         "lorakern.adapters",
         "lorakern.backends",
+        "lorakern.cli",
+        "lorakern.commands",
         "lorakern.compat",
         "lorakern.compat.punica",
         "lorakern.compat.vllm",

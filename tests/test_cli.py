@@ -71,7 +71,7 @@ def test_lorakern_errors_are_one_line_on_stderr(tmp_path, capsys):
     assert "nowhere holds no adapter" in captured.err and "--adapters DIR" in captured.err
 
 
-@pytest.mark.parametrize("package, extra", [("peft", "demo"), ("matplotlib", "demo"), ("rich.table", "cli")])
+@pytest.mark.parametrize("package, extra", [("peft", "demo"), ("matplotlib", "plot"), ("rich.table", "cli")])
 def test_a_missing_package_is_named_with_its_extra(package, extra, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     command = ["info"] if extra == "cli" else ["demo", "--adapters", str(tmp_path), "--plot", str(tmp_path / "a.png")]

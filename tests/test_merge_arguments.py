@@ -161,7 +161,7 @@ BAD = {
     "density_high": (
         ([GOOD], "ties"),
         {"density": 1.5},
-        "ties: density must be a number above 0 and at most 1, got",
+        "ties: density must be a number above 0 and at most 1 or a list with one for each adapter, got",
     ),
     "density_zero": (([GOOD], "dare_ties"), {"density": 0}, "dare_ties: density must be a number above 0"),
     "density_nan": (([GOOD], "ties"), {"density": float("nan")}, "ties: density must be"),

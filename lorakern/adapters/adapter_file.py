@@ -76,6 +76,11 @@ class AdapterFile(Mapping[str, LoraFactors]):
         tensors = self._tensors.tensors
         return {m: (*tensors[pair.A].shape, tensors[pair.B].shape[0]) for m, pair in self._pairs.items()}
 
+    def sha256(self) -> str:
+        """SHA-256 of the file with the tensors, in hexadecimal."""
+        with _reading(self.path):
+            return self._tensors.sha256()
+
     def map(self) -> dict[str, LoraFactors]:
         """All modules, as views of the memory-mapped file."""
         with _reading(self.path):

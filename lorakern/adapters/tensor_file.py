@@ -1,5 +1,6 @@
 """An open safetensors file whose header was checked: its tensors one at a time, or all of them mapped."""
 
+import hashlib
 import os
 import weakref
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 
 from lorakern.adapters.safetensors_header import DTYPES, TensorInfo, read_header
 from lorakern.errors import LorakernError
+
+_HASHED_BYTES = 4 << 20  # at a time
 
 
 class TensorFile:
@@ -34,6 +37,14 @@ class TensorFile:
                 raise LorakernError(f"{self.file}: the file was cut short while it was read; save it again")
             left, position = left[count:], position + count
         return _typed(data, info)
+
+    def sha256(self) -> str:
+        """Of the whole file, in hexadecimal."""
+        digest, position = hashlib.sha256(), 0
+        while part := os.pread(self._descriptor, _HASHED_BYTES, position):
+            digest.update(part)
+            position += len(part)
+        return digest.hexdigest()
 
     def map(self) -> dict[str, torch.Tensor]:
         """Views of the file, mapped privately: writing to one changes no file."""

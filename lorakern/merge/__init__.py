@@ -27,13 +27,15 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     ties,
 )
 from lorakern.merge.driver import merge, merge_modules, module_generator
-from lorakern.merge.options import Density, Option, Range, SignMethod
+from lorakern.merge.options import Densities, Density, Option, PerAdapter, Range, SignMethod
 from lorakern.merge.registry import Method, Term, method, methods, register
 
 __all__ = [
+    "Densities",
     "Density",
     "Method",
     "Option",
+    "PerAdapter",
     "Range",
     "SignMethod",
     "Term",

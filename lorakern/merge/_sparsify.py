@@ -4,7 +4,14 @@ The formulas are those of TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099), w
 elected before the weights are applied, a sum of zero elects +, and a zero takes part in neither the vote nor the mean.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+
+def per_term(density: float | list[float], terms: Sequence) -> list[float]:
+    """A density for each term."""
+    return density if isinstance(density, list) else [density] * len(terms)
 
 
 def keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from lorakern.errors import LorakernError
-from lorakern.merge._sparsify import CounterMask
+from lorakern.merge._sparsify import CounterMask, per_term
 from lorakern.merge.registry import Term
 from lorakern.ops import truncate
 
@@ -85,17 +85,19 @@ class StreamedUpdate:
         return image, back
 
 
-def thresholds(terms: Sequence[Term], density: float) -> list[float]:
+def thresholds(terms: Sequence[Term], density: float | list[float]) -> list[float]:
     """For each update the int(density * numel)-th largest magnitude of scale * B @ A in float32, exactly.
 
     Keeping what is at least that keeps the density asked for; entries that equal the last one kept are kept too.
     It is infinite where nothing is to be kept.
     """
-    if density == 1:
+    densities = per_term(density, terms)
+    if all(density == 1 for density in densities):
         return [0.0] * len(terms)
     factors = _scaled(terms)
     numel = terms[0].B.shape[0] * terms[0].A.shape[1]
-    wanted = torch.full((len(terms),), int(density * numel))
+    counts = [int(density * numel) for density in densities]
+    wanted = torch.tensor(counts)
     high = torch.zeros(len(terms), 1 << 15, dtype=torch.long)
     for _, stack in _stacks(factors):
         for i, bits in enumerate(_magnitude_bits(stack)):
@@ -107,9 +109,11 @@ def thresholds(terms: Sequence[Term], density: float) -> list[float]:
             same = bits[(bits >> _LOW_BITS) == prefix[i]] & 0xFFFF
             low[i] += torch.bincount(same, minlength=low.shape[1]).cpu()
     suffix, _ = _descend(low, wanted)
-    if int(density * numel) == 0:
-        return [math.inf] * len(terms)
-    return ((prefix << _LOW_BITS) | suffix).to(torch.int32).view(torch.float32).tolist()
+    limits = ((prefix << _LOW_BITS) | suffix).to(torch.int32).view(torch.float32).tolist()
+    return [
+        0.0 if density == 1 else limit if count else math.inf
+        for density, count, limit in zip(densities, counts, limits, strict=True)
+    ]
 
 
 def trim(stack: torch.Tensor, limits: Sequence[float]) -> torch.Tensor:
@@ -120,17 +124,19 @@ def trim(stack: torch.Tensor, limits: Sequence[float]) -> torch.Tensor:
 
 
 def drop(
-    terms: Sequence[Term], density: float, generator: torch.Generator
+    terms: Sequence[Term], density: float | list[float], generator: torch.Generator
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
     """(stack, first row) -> the stack, in place, with each entry zeroed with probability 1 - density."""
-    if density == 1:
-        return lambda stack, start: stack
     shape = (terms[0].B.shape[0], terms[0].A.shape[1])
-    masks = [CounterMask(shape, density, generator, term.A.device) for term in terms]
+    masks = [
+        None if density == 1 else CounterMask(shape, density, generator, term.A.device)
+        for term, density in zip(terms, per_term(density, terms), strict=True)
+    ]
 
     def dropped(stack: torch.Tensor, start: int) -> torch.Tensor:
         for rows, mask in zip(stack, masks, strict=True):
-            rows *= mask.rows(start, start + len(rows))
+            if mask is not None:
+                rows *= mask.rows(start, start + len(rows))
         return stack
 
     return dropped

@@ -2,9 +2,9 @@
 
 import torch
 
-from lorakern.merge._sparsify import disjoint_mean
+from lorakern.merge._sparsify import disjoint_mean, per_term
 from lorakern.merge._streamed import StreamedUpdate, drop
-from lorakern.merge.options import Density, SignMethod
+from lorakern.merge.options import Densities, SignMethod
 from lorakern.merge.registry import Term, method
 
 
@@ -14,7 +14,7 @@ def dare_ties(
     rank: int | float | None,
     generator: torch.Generator,
     *,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     majority_sign_method: SignMethod = "total",
 ):
     """DARE, then TIES' election and mean, on the true updates: `ties` of ``M_i D_i / density`` in place of trim(D_i).
@@ -23,6 +23,7 @@ def dare_ties(
 
     Args:
         density: the probability with which an entry is kept, in (0, 1]; DARE's drop rate is 1 - density.
+            A list has one for each adapter.
         majority_sign_method: "total" elects by the sum of the values left, "frequency" by the number of signs.
 
     ``rank=None`` takes the largest rank among the adapters; a share of the energy is refused. Computed in float32.
@@ -37,10 +38,13 @@ def dare_ties(
     return update(terms, generator, density, majority_sign_method).low_rank(rank, generator)
 
 
-def update(terms: list[Term], generator: torch.Generator, density: float, majority_sign_method: str) -> StreamedUpdate:
+def update(
+    terms: list[Term], generator: torch.Generator, density: float | list[float], majority_sign_method: str
+) -> StreamedUpdate:
     """The mean of `dare_ties`, before it is truncated."""
     dropped = drop(terms, density, generator)
-    weights = torch.tensor([term.weight / density for term in terms], device=terms[0].A.device)
+    shares = [term.weight / p for term, p in zip(terms, per_term(density, terms), strict=True)]
+    weights = torch.tensor(shares, device=terms[0].A.device)
     return StreamedUpdate(
         terms, lambda stack, start: disjoint_mean(dropped(stack, start), weights, majority_sign_method)
     )

@@ -154,12 +154,12 @@ def run_method(
         if unknown := [module for module in rank if module not in modules]:
             raise LorakernError(f"rank must be of modules that the adapters have, got {show(unknown[0])}")
         arguments, per_module = {**arguments, "rank": None}, _with_ranks(rank, per_module)
-    _check_arguments(found, arguments, len(adapters))
+    check_arguments(found, arguments, len(adapters))
     if not modules:
         raise LorakernError("adapters hold no module; there is nothing to merge")
     for module in modules:
         check_name(module)
-    given = partial(_given, found, arguments, per_module, len(adapters))
+    given = partial(_given, found, inputs, arguments, per_module, len(adapters))
     return modules, (_whole if found.whole else _each)(found, inputs, modules, given, seed)
 
 
@@ -180,14 +180,22 @@ def _with_ranks(ranks: Mapping[str, Rank], per_module: PerModule | None) -> PerM
 
 
 def _given(
-    found: Method, arguments: Mapping[str, Any], per_module: PerModule | None, count: int, module: str
+    found: Method,
+    inputs: Inputs,
+    arguments: Mapping[str, Any],
+    per_module: PerModule | None,
+    count: int,
+    module: str,
 ) -> tuple[Any, Rank, dict[str, Any]]:
     """The weights, the rank and the options for a module."""
     options = dict(arguments)
     if per_module is not None:
         with _naming(module):
             options |= per_module(module)
-            _check_arguments(found, options, count)
+            check_arguments(found, options, count)
+    for name in options.keys() & found.per_adapter:
+        if isinstance(options[name], list):
+            options[name] = [options[name][i] for i in inputs.holders(module)]
     return options.pop("weights"), options.pop("rank"), options
 
 
@@ -246,10 +254,14 @@ def _naming(module: str) -> Iterator[None]:
         raise LorakernError(f"{module}: {error}") from None
 
 
-def _check_arguments(found: Method, arguments: Mapping[str, Any], count: int) -> None:
+def check_arguments(found: Method, arguments: Mapping[str, Any], count: int) -> None:
+    """Raise unless weights, rank and the method's options, all in `arguments`, are what it takes."""
     options = dict(arguments)
     weights, rank = options.pop("weights"), options.pop("rank")
     check_options(found.name, found.options, options)
+    for name, value in options.items():
+        if isinstance(value, list) and found.options[name].per_adapter and len(value) != count:
+            raise LorakernError(f"{name} must have {count} numbers, one for each adapter, got {show(value)}")
     if weights is not None and not _are_weights(weights, count):
         raise LorakernError(f"weights must be None or a list of {count} numbers, one per adapter, got {show(weights)}")
     if not _is_rank(rank):

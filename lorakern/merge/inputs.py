@@ -45,9 +45,8 @@ class Inputs:
 
     def terms(self, module: str, weights: Sequence[float] | None) -> list[Term]:
         """The terms of a module, in the order of the adapters; raises for factors that cannot be merged."""
-        factors = {i: self._factors(i, module) for i, adapter in enumerate(self._adapters) if module in adapter}
-        self._check_present(module, factors)
-        self._check_shapes(module, factors)
+        factors = {i: self._factors(i, module) for i in self.holders(module)}
+        self.check(module, {i: (f.d_in, f.d_out) for i, f in factors.items()})
         weights = self._weights(module, weights, factors)
         first, *_ = factors.values()
         dtype = first.A.dtype
@@ -65,6 +64,10 @@ class Inputs:
                     "not finite; give a smaller weight"
                 )
         return terms
+
+    def holders(self, module: str) -> list[int]:
+        """Which adapters have the module: those whose terms `terms` returns."""
+        return [i for i, adapter in enumerate(self._adapters) if module in adapter]
 
     def target(self, module: str) -> Target:
         """What the merged factors of a module are to be."""
@@ -85,22 +88,20 @@ class Inputs:
                 )
         return factors
 
-    def _check_present(self, module: str, factors: Mapping[int, LoraFactors]) -> None:
-        absent = [i for i in range(len(self._adapters)) if i not in factors]
+    def check(self, module: str, shapes: Mapping[int, tuple[int, int]]) -> None:
+        """Raise unless adapters whose updates have these d_in, d_out, by their place, can be merged."""
+        absent = [i for i in range(len(self._adapters)) if i not in shapes]
+        first = min(shapes)
         if absent and self._missing == "error":
             raise LorakernError(
                 f"{module}: {label(self._adapters, absent[0])} lacks this module, which "
-                f"{label(self._adapters, min(factors))} has; merge with missing='zero' to take its update as zero"
+                f"{label(self._adapters, first)} has; merge with missing='zero' to take its update as zero"
             )
-
-    def _check_shapes(self, module: str, factors: Mapping[int, LoraFactors]) -> None:
-        first = min(factors)
-        shape = factors[first].d_in, factors[first].d_out
-        for i, other in factors.items():
-            if (other.d_in, other.d_out) != shape:
+        for i, shape in shapes.items():
+            if shape != shapes[first]:
                 raise LorakernError(
-                    f"{module}: d_in, d_out are {shape} in {label(self._adapters, first)} and "
-                    f"{(other.d_in, other.d_out)} in {label(self._adapters, i)}; their base models differ"
+                    f"{module}: d_in, d_out are {shapes[first]} in {label(self._adapters, first)} and "
+                    f"{shape} in {label(self._adapters, i)}; their base models differ"
                 )
 
     def _weights(self, module: str, weights: Sequence[float] | None, present: Mapping[int, Any]) -> list[float]:

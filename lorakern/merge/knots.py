@@ -3,8 +3,8 @@
 import torch
 
 from lorakern.merge._padded import at_rank
-from lorakern.merge._sparsify import disjoint_mean, keep_largest
-from lorakern.merge.options import Density, SignMethod
+from lorakern.merge._sparsify import disjoint_mean, keep_largest, per_term
+from lorakern.merge.options import Densities, SignMethod
 from lorakern.merge.registry import Term, method
 
 # Relative to the largest singular value: that of float32 factors.
@@ -19,7 +19,7 @@ def knots(
     rank: int | float | None,
     generator: torch.Generator,
     *,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     majority_sign_method: SignMethod = "total",
 ):
     """KnOTS-TIES: the updates in one common basis, TIES on their coordinates: ``[D_1 .. D_T] = U S [V_1 .. V_T]``.
@@ -34,6 +34,7 @@ def knots(
 
     Args:
         density: the share of entries that each V_i keeps, those of largest magnitude, in (0, 1].
+            A list has one for each adapter.
         majority_sign_method: "total" elects signs by the sum of the trimmed values, "frequency" by their number.
 
     A rank below R truncates the result. KnOTS: arXiv 2410.19735.
@@ -52,7 +53,10 @@ def knots(
     keep = int(S.gt(S[0] * ROUNDING).sum())
     parts = Vh[:keep].split([block.shape[1] for block in blocks], dim=1)
     coordinates = [part @ basis.T for part, (basis, _) in zip(parts, rights, strict=True)]
-    aligned = [keep_largest(V.where(V.abs() > NO_COORDINATE, 0.0), density) for V in coordinates]
+    aligned = [
+        keep_largest(V.where(V.abs() > NO_COORDINATE, 0.0), kept)
+        for V, kept in zip(coordinates, per_term(density, terms), strict=True)
+    ]
     weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=left.device)
     A = disjoint_mean(torch.stack(aligned), weights, majority_sign_method)
     return at_rank(A, left @ (U[:, :keep] * S[:keep]), 1.0, rank)

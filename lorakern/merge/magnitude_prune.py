@@ -4,12 +4,14 @@ import torch
 
 from lorakern.merge._sparsify import weighted_sum
 from lorakern.merge._streamed import StreamedUpdate, thresholds, trim
-from lorakern.merge.options import Density
+from lorakern.merge.options import Densities
 from lorakern.merge.registry import Term, method
 
 
 @method("magnitude_prune")
-def magnitude_prune(terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Density = 0.5):
+def magnitude_prune(
+    terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Densities = 0.5
+):
     """The weighted sum of the true updates, of which each keeps its largest entries: ``W = sum_i w_i trim(D_i)``.
 
     ``D_i = s_i B_i A_i`` keeps its ``int(density * numel)`` largest magnitudes; the result is the best rank-r
@@ -17,6 +19,7 @@ def magnitude_prune(terms: list[Term], rank: int | float | None, generator: torc
 
     Args:
         density: the share of entries that each update keeps, in (0, 1].
+            A list has one for each adapter.
 
     ``rank=None`` takes the largest rank among the adapters; a share of the energy is refused. Computed in float32.
     Equal to PEFT's "magnitude_prune_svd".
@@ -30,7 +33,7 @@ def magnitude_prune(terms: list[Term], rank: int | float | None, generator: torc
     return update(terms, density).low_rank(rank, generator)
 
 
-def update(terms: list[Term], density: float) -> StreamedUpdate:
+def update(terms: list[Term], density: float | list[float]) -> StreamedUpdate:
     """W of `magnitude_prune`, before it is truncated."""
     limits = thresholds(terms, density)
     weights = torch.tensor([term.weight for term in terms], device=terms[0].A.device)

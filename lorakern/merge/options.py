@@ -27,7 +27,12 @@ class Range:
         return low if self.high == math.inf else f"{low} and at most {self.high:g}"
 
 
+class PerAdapter:
+    """Marks a list option that has a number for each adapter: a method gets those of its terms, in their order."""
+
+
 Density = Annotated[float, Range(0, 1, above_low=True)]
+Densities = Density | Annotated[list[Density], PerAdapter()]
 SignMethod = Literal["total", "frequency"]
 
 
@@ -43,6 +48,11 @@ class Option:
     def required(self) -> bool:
         return self.default is inspect.Parameter.empty
 
+    @property
+    def per_adapter(self) -> bool:
+        """Whether it may be a list with one for each adapter."""
+        return any(isinstance(extra, PerAdapter) for part in _alternatives(self.hint) for extra in get_args(part)[1:])
+
     def takes(self) -> str:
         """What the option takes, in words for an error or a help text."""
         return _words(self.hint)
@@ -50,6 +60,34 @@ class Option:
     def check(self, value: Any, method: str) -> None:
         if not _fits(value, self.hint):
             raise LorakernError(f"{method}: {self.name} must be {self.takes()}, got {show(value)}; correct it")
+
+    def parse(self, text: str) -> Any:
+        """The value that `text` of a command line stands for: its first reading that the option takes, or the text.
+
+        >>> from lorakern.merge import methods
+        >>> options = methods["ties"].options
+        >>> options["density"].parse("0.5"), options["density"].parse("0.5,1"), options["density"].parse("half")
+        (0.5, [0.5, 1.0], 'half')
+        """
+        for read in (_WORDS.__getitem__, int, float, _numbers, str):
+            try:
+                value = read(text)
+            except (KeyError, ValueError):
+                continue
+            if _fits(value, self.hint):
+                return value
+        return text
+
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def read_options(function: Callable, positional: int) -> dict[str, Option]:
@@ -95,6 +133,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
     if hint in (None, types.NoneType):
         return value is None
+    if origin is list and arguments:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:
@@ -106,11 +146,15 @@ def _fits(value: Any, hint: Any) -> bool:
 def _words(hint: Any) -> str:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        if any(isinstance(extra, PerAdapter) for extra in arguments[1:]):
+            return "a list with one for each adapter"
         return " ".join([_words(arguments[0]), *(str(extra) for extra in arguments[1:] if isinstance(extra, Range))])
     if origin in (Union, types.UnionType):
         return " or ".join(map(_words, arguments))
     if origin is Literal:
         return " or ".join(map(repr, arguments))
+    if origin is list and arguments:
+        return f"a list of {_words(arguments[0])}"
     if hint in (None, types.NoneType):
         return "None"
     names = {float: "a number", int: "an integer", bool: "True or False", str: "a string"}

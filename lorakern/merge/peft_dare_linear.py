@@ -6,13 +6,13 @@ import torch
 
 from lorakern.merge._factorwise import factorwise
 from lorakern.merge._sparsify import keep_random, weighted_sum
-from lorakern.merge.options import Density
+from lorakern.merge.options import Densities
 from lorakern.merge.registry import Term, method
 
 
 @method("peft_dare_linear")
 def peft_dare_linear(
-    terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Density = 0.5
+    terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Densities = 0.5
 ):
     """PEFT's "dare_linear": `peft_linear` of factors with entries dropped at random, the others over ``density``.
 
@@ -22,6 +22,7 @@ def peft_dare_linear(
 
     Args:
         density: the probability with which an entry is kept, in (0, 1]; DARE's drop rate is 1 - density.
+            A list has one for each adapter.
 
     A rank below the largest of the adapters' truncates the result. PEFT: combination_type="dare_linear".
 
@@ -31,4 +32,4 @@ def peft_dare_linear(
     >>> sorted(set(merged.A.flatten().tolist()))
     [0.0, 2.0]
     """
-    return factorwise(terms, rank, partial(keep_random, density=density, generator=generator), weighted_sum)
+    return factorwise(terms, rank, partial(keep_random, generator=generator), weighted_sum, density)

@@ -6,7 +6,7 @@ import torch
 
 from lorakern.merge._factorwise import factorwise
 from lorakern.merge._sparsify import disjoint_mean, keep_random
-from lorakern.merge.options import Density, SignMethod
+from lorakern.merge.options import Densities, SignMethod
 from lorakern.merge.registry import Term, method
 
 
@@ -16,7 +16,7 @@ def peft_dare_ties(
     rank: int | float | None,
     generator: torch.Generator,
     *,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     majority_sign_method: SignMethod = "total",
 ):
     """PEFT's "dare_ties": `peft_ties` of factors with entries dropped at random, the others over ``density``.
@@ -27,6 +27,7 @@ def peft_dare_ties(
 
     Args:
         density: the probability with which an entry is kept, in (0, 1]; DARE's drop rate is 1 - density.
+            A list has one for each adapter.
         majority_sign_method: "total" elects signs by the sum of the values left, "frequency" by their number.
 
     A rank below the largest of the adapters' truncates the result. PEFT: combination_type="dare_ties".
@@ -38,4 +39,4 @@ def peft_dare_ties(
     True
     """
     combine = partial(disjoint_mean, majority_sign_method=majority_sign_method)
-    return factorwise(terms, rank, partial(keep_random, density=density, generator=generator), combine)
+    return factorwise(terms, rank, partial(keep_random, generator=generator), combine, density)

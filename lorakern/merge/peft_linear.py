@@ -3,7 +3,7 @@
 import torch
 
 from lorakern.merge._factorwise import factorwise
-from lorakern.merge._sparsify import weighted_sum
+from lorakern.merge._sparsify import keep_largest, weighted_sum
 from lorakern.merge.registry import Term, method
 
 
@@ -24,4 +24,4 @@ def peft_linear(terms: list[Term], rank: int | float | None, generator: torch.Ge
     >>> (merged.scale * merged.B @ merged.A)[0, 0].item()  # (1 + 3) * (1 + 1), not 1 + 3
     8.0
     """
-    return factorwise(terms, rank, lambda factor: factor, weighted_sum)
+    return factorwise(terms, rank, keep_largest, weighted_sum)

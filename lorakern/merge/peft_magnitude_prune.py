@@ -1,18 +1,16 @@
 """peft_magnitude_prune: PEFT's "magnitude_prune", which merges A and B apart from each other."""
 
-from functools import partial
-
 import torch
 
 from lorakern.merge._factorwise import factorwise
 from lorakern.merge._sparsify import keep_largest, weighted_sum
-from lorakern.merge.options import Density
+from lorakern.merge.options import Densities
 from lorakern.merge.registry import Term, method
 
 
 @method("peft_magnitude_prune")
 def peft_magnitude_prune(
-    terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Density = 0.5
+    terms: list[Term], rank: int | float | None, generator: torch.Generator, *, density: Densities = 0.5
 ):
     """PEFT's "magnitude_prune": `peft_linear` of factors of which each keeps its largest entries.
 
@@ -21,6 +19,7 @@ def peft_magnitude_prune(
 
     Args:
         density: the share of entries that each factor keeps, those of largest magnitude, in (0, 1].
+            A list has one for each adapter.
 
     A rank below the largest of the adapters' truncates the result. PEFT: combination_type="magnitude_prune".
 
@@ -30,4 +29,4 @@ def peft_magnitude_prune(
     >>> (merged.scale * merged.B @ merged.A).tolist()[1]
     [0.0, 0.0, 0.0, 0.0, 8.0, 10.0, 12.0, 14.0]
     """
-    return factorwise(terms, rank, partial(keep_largest, density=density), weighted_sum)
+    return factorwise(terms, rank, keep_largest, weighted_sum, density)

@@ -6,7 +6,7 @@ import torch
 
 from lorakern.merge._factorwise import factorwise
 from lorakern.merge._sparsify import disjoint_mean, keep_largest
-from lorakern.merge.options import Density, SignMethod
+from lorakern.merge.options import Densities, SignMethod
 from lorakern.merge.registry import Term, method
 
 
@@ -16,7 +16,7 @@ def peft_ties(
     rank: int | float | None,
     generator: torch.Generator,
     *,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     majority_sign_method: SignMethod = "total",
 ):
     """PEFT's "ties": TIES of the A_i and, apart from it, of the B_i, weighted as in `peft_linear`.
@@ -26,6 +26,7 @@ def peft_ties(
 
     Args:
         density: the share of entries that each factor keeps, those of largest magnitude, in (0, 1].
+            A list has one for each adapter.
         majority_sign_method: "total" elects signs by the sum of the trimmed values, "frequency" by their number.
 
     A rank below the largest of the adapters' truncates the result. PEFT: combination_type="ties".
@@ -37,4 +38,4 @@ def peft_ties(
     3.0
     """
     combine = partial(disjoint_mean, majority_sign_method=majority_sign_method)
-    return factorwise(terms, rank, partial(keep_largest, density=density), combine)
+    return factorwise(terms, rank, keep_largest, combine, density)

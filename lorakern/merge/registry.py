@@ -65,6 +65,11 @@ class Method:
     options: Mapping[str, Option]
 
     @property
+    def per_adapter(self) -> frozenset[str]:
+        """The options that may be a list with one for each adapter."""
+        return frozenset(name for name, option in self.options.items() if option.per_adapter)
+
+    @property
     def summary(self) -> str:
         """The first paragraph of the function's docstring, in one line."""
         return " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split())
@@ -93,6 +98,8 @@ def register(name: str, function: Callable, *, whole: bool = False) -> Method:
     options = read_options(function, _POSITIONAL)
     if taken := RESERVED & options.keys():
         raise LorakernError(f"{name}: option {min(taken)} is an argument of lk.merge itself; give it another name")
+    if whole and any(option.per_adapter for option in options.values()):
+        raise LorakernError(f"{name}: a method of all modules at once has no options per adapter; take numbers")
     _METHODS[name] = Method(name, function, whole, MappingProxyType(options))
     return _METHODS[name]
 
@@ -114,7 +121,8 @@ def method(name: str, *, whole: bool = False) -> Callable[[Callable], Callable]:
         ranks, generators: functions from module path to such a rank and such a generator.
 
     Options are keyword-only and annotated, with `typing.Literal` and ``Annotated[float, Range(0, 1)]`` where that says
-    more: what a caller gives is checked against the annotations.
+    more: what a caller gives is checked against the annotations. ``Annotated[list[..], PerAdapter()]`` is a list with a
+    value for each adapter, of which the function gets those of its terms.
 
     Raises `LorakernError` as `register`. The idea of a typed function as a method is mergekit's.
 

@@ -4,7 +4,7 @@ import torch
 
 from lorakern.merge._sparsify import disjoint_mean
 from lorakern.merge._streamed import StreamedUpdate, thresholds, trim
-from lorakern.merge.options import Density, SignMethod
+from lorakern.merge.options import Densities, SignMethod
 from lorakern.merge.registry import Term, method
 
 
@@ -14,7 +14,7 @@ def ties(
     rank: int | float | None,
     generator: torch.Generator,
     *,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     majority_sign_method: SignMethod = "total",
 ):
     """TIES on the true updates: the mean, entry by entry, of the trimmed updates that have the elected sign.
@@ -25,6 +25,7 @@ def ties(
 
     Args:
         density: the share of entries that each update keeps, in (0, 1]; the paper takes 0.2.
+            A list has one for each adapter.
         majority_sign_method: "total" elects by the sum of the trimmed values, "frequency" by the number of signs.
 
     ``rank=None`` takes the largest rank among the adapters; a share of the energy is refused. Computed in float32.
@@ -39,7 +40,7 @@ def ties(
     return update(terms, density, majority_sign_method).low_rank(rank, generator)
 
 
-def update(terms: list[Term], density: float, majority_sign_method: str) -> StreamedUpdate:
+def update(terms: list[Term], density: float | list[float], majority_sign_method: str) -> StreamedUpdate:
     """W of `ties`, before it is truncated."""
     limits = thresholds(terms, density)
     weights = torch.tensor([term.weight for term in terms], device=terms[0].A.device)

@@ -38,6 +38,16 @@ class ModuleCheck:
     passed: bool = False
     note: str = ""
 
+    @property
+    def excess(self) -> float:
+        """The largest share that the module takes of one of its bounds; above 1 it fails."""
+        ratios = [self.error / self.bound if self.bound else math.inf if self.error else 0.0]
+        ratios += [value for value in (self.rows, self.columns) if value is not None]
+        ratios += [math.inf] if self.outliers else []
+        if self.probe is not None:
+            ratios.append(self.probe / self.probe_bound if self.probe_bound else math.inf)
+        return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
+
 
 @dataclass(frozen=True)
 class EquivalenceReport:
@@ -69,12 +79,16 @@ class EquivalenceReport:
     @property
     def failed(self) -> tuple[ModuleCheck, ...]:
         """The modules that do not pass, worst first."""
-        return tuple(sorted((m for m in self.modules.values() if not m.passed), key=_excess, reverse=True))
+        return tuple(module for module in self.ranked() if not module.passed)
 
     @property
     def worst(self) -> ModuleCheck | None:
         """The module that exceeds its bounds most, or comes nearest to them; None if there is no module."""
-        return max(self.modules.values(), key=lambda m: (not m.passed, _excess(m)), default=None)
+        return next(iter(self.ranked()), None)
+
+    def ranked(self) -> list[ModuleCheck]:
+        """All modules, worst first: those that fail, and within both kinds by how much of their bounds they take."""
+        return sorted(self.modules.values(), key=lambda module: (not module.passed, module.excess), reverse=True)
 
     def __str__(self) -> str:
         failed = self.failed
@@ -102,16 +116,6 @@ class EquivalenceReport:
 
 
 _SHOWN = 10  # modules that a printed report names
-
-
-def _excess(module: ModuleCheck) -> float:
-    """The largest share that the module takes of one of its bounds."""
-    ratios = [module.error / module.bound if module.bound else math.inf if module.error else 0.0]
-    ratios += [value for value in (module.rows, module.columns) if value is not None]
-    ratios += [math.inf] if module.outliers else []
-    if module.probe is not None:
-        ratios.append(module.probe / module.probe_bound if module.probe_bound else math.inf)
-    return max(math.inf if math.isnan(ratio) else ratio for ratio in ratios)
 
 
 def _line(module: ModuleCheck) -> str:

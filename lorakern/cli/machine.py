@@ -1,35 +1,20 @@
-"""The `lorakern` command. Each sub-command's work lives in a module of its own; here are only options and errors."""
+"""Commands about this machine: info, demo and bench."""
 
 from __future__ import annotations
 
 import json as json_format
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 import lorakern
 from lorakern.errors import LorakernError
 
-try:
-    import typer
-except ImportError:  # main() says what to install
-    typer = None
-
-# What a command may find missing, and the extra that installs it.
-_EXTRAS = {"typer": "cli", "rich": "cli", "transformers": "transformers", "gguf": "transformers"}
-_EXTRAS |= {"peft": "demo", "matplotlib": "demo"}
-_COMMANDS: list[Callable] = []
 DTYPES = ["float32", "bfloat16"]  # of `demo`
 
 
-def command(function: Callable) -> Callable:
-    """Make a function a sub-command of its name."""
-    _COMMANDS.append(function)
-    return function
-
-
-@command
 def info(json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")] = False) -> None:
     """Show backends (and why one is missing), instruction sets, threads, devices and versions."""
     known = lorakern.info()
@@ -54,7 +39,6 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
     Console().print(table)
 
 
-@command
 def demo(
     adapters: Annotated[
         Path | None, typer.Option(help="PEFT adapters and prompts.json; those of the checkout.")
@@ -72,7 +56,6 @@ def demo(
         raise typer.Exit(1)
 
 
-@command
 def bench(
     suite: Annotated[list[str] | None, typer.Option(help="Only this suite of cases; repeat for several.")] = None,
     only: Annotated[str | None, typer.Option(help="Only cases whose name contains this.")] = None,
@@ -95,46 +78,3 @@ def bench(
 
     files = {"json": json, "plots": plots, "results": results, "compare": compare, "source": source}
     run(Options(tuple(suite or ()), only, quick, device, rivals, list=list, **files))
-
-
-def _version(show: bool) -> None:
-    if show:
-        print(lorakern.__version__)
-        raise typer.Exit
-
-
-def _start(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
-    ] = False,
-) -> None:
-    """Kernels for multi-LoRA math."""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 for bad input or a missing package, told in one line."""
-    try:
-        if typer is None:
-            raise ModuleNotFoundError(name="typer")
-        app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-        app.callback()(_start)
-        for function in _COMMANDS:
-            app.command()(function)
-        app(args=arguments, prog_name="lorakern")
-    except LorakernError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        message = f"this needs the package {package}; run `pip install 'lorakern[{_EXTRAS[package]}]'`"
-    except SystemExit as exit:
-        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    else:
-        return 0
-    print(f"lorakern: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

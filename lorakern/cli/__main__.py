@@ -1,0 +1,7 @@
+"""`python -m lorakern.cli`."""
+
+import sys
+
+from lorakern.cli import main
+
+sys.exit(main())

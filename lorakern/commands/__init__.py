@@ -1,0 +1,1 @@
+"""What the commands on adapter files do: merge, resize, check and inspect."""
