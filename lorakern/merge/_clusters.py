@@ -73,10 +73,12 @@ class Clusters(NamedTuple):
 def clustered(
     modules: Mapping[str, list[Term]],
     ranks: Callable[[str], Rank],
-    seed: int,
+    generators: Callable[[str], torch.Generator],
     options: Options,
 ) -> Iterator[tuple[str, Clusters | None]]:
     """(module, clusters) of all modules, None where all updates are multiplied by zero."""
+    # one seed for all modules, whichever they are
+    seed = generators("").initial_seed()
     batch, numbers = {}, 0
     for module, terms in modules.items():
         size = sum(term.A.numel() + term.B.numel() for term in terms)

@@ -78,9 +78,7 @@ def lego(
     [3.0, 3.0, 3.0, 0.0]
     """
     options = Options(fold_scale, assign, align_signs, balance, weights_as, share_of, init, n_init, max_iter)
-    # one seed for all modules: what the others are changes nothing
-    seed = generators("").initial_seed()
-    for module, clusters in clustered(modules, ranks, seed, options):
+    for module, clusters in clustered(modules, ranks, generators, options):
         if clusters is None:
             term = modules[module][0]
             yield module, (term.A[:0], term.B[:, :0])
