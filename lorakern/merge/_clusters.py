@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from lorakern.merge._kmeans import kmeans
 from lorakern.merge._units import Pool, pools
 from lorakern.merge.registry import Term
+from lorakern.ops import kmeans
 
 # Numbers in the factors of the modules that are clustered in one call, unless one module has more.
 _BATCH_NUMBERS = 1 << 26
@@ -93,21 +93,22 @@ def clustered(
 def _search(
     batch: Mapping[str, list[Term]], ranks: Callable[[str], Rank], seed: int, options: Options
 ) -> Iterator[tuple[str, Clusters | None]]:
-    """The clusters at each module's rank, or the fewest that a bisection finds to keep its share."""
+    """The clusters at each module's rank, or the fewest that a bisection finds to keep its share.
+
+    As many clusters as units keep everything, equal units too.
+    """
     own = {name: getattr(options, name) for name in ("fold_scale", "weights_as", "balance", "align_signs")}
     pool_of = dict(pools(batch, **own))
     wanted, low, high, found, allowed = {}, {}, {}, {}, {}
     for module, pool in pool_of.items():
-        rank = ranks(module)
+        rank = max(term.rank for term in pool.terms) if ranks(module) is None else ranks(module)
+        apart = torch.arange(pool.size, device=pool.weights.device)
+        found[module] = clusters = Clusters(pool, _points(pool, options), apart, pool.size)
         if isinstance(rank, float):
-            # as many clusters as units keep everything
-            found[module] = Clusters(
-                pool, _points(pool, options), torch.arange(pool.size).to(pool.weights.device), pool.size
-            )
             low[module], high[module] = 0, pool.size
-            allowed[module] = (1 - rank) * _total(found[module], options)
-        else:
-            wanted[module] = min(pool.size, rank or max(term.rank for term in pool.terms))
+            allowed[module] = (1 - rank) * _total(clusters, options)
+        elif rank < pool.size:
+            wanted[module] = rank
     found |= _cluster(pool_of, wanted, seed, options)
     while wanted := {module: (low[module] + high[module]) // 2 for module in low if high[module] - low[module] > 1}:
         for module, clusters in _cluster(pool_of, wanted, seed, options).items():
@@ -137,8 +138,8 @@ def _cluster(
             seed=seed,
             weights=[pool.weights[order] for pool, order in zip(turning.values(), orders, strict=True)],
         )
-        pools, turning = turning, {}
-        for (module, pool), products, order, result in zip(pools.items(), points, orders, results, strict=True):
+        before, turning = turning, {}
+        for (module, pool), products, order, result in zip(before.items(), points, orders, results, strict=True):
             labels, k = _numbered(result.labels)
             found[module] = clusters = Clusters(pool, products, labels[order.argsort()], k)
             if options.align_signs and (opposite := clusters.opposite()).any():

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import torch
 
 from lorakern.merge._clusters import Clusters, Options, clustered
-from lorakern.merge._kmeans import kmeans_update
 from lorakern.merge._units import Pool
 from lorakern.merge.options import Range
 from lorakern.merge.registry import Term, method
+from lorakern.ops import kmeans_update
 
 # Of the members' norm: a centroid shorter than that is what rounding leaves of members that cancel.
 CANCELLED = 1e-6
@@ -92,12 +92,22 @@ def lego(
 def _assembled(clusters: Clusters, norm: str | None) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(A, B, scale) of a module: the means of its clusters, reweighted in that norm."""
     pool, averages = clusters.pool, clusters.averages()
-    (a, b), _ = kmeans_update(pool.parts, clusters.labels, clusters.k, weights=pool.weights, scales=pool.scales)
+    a, b = _means(clusters)
     if norm is not None:
         members, means = averages @ _unit_norms(pool, norm), _joint(_norms(a, norm), _norms(b, norm), norm)
         rho = torch.where(means > CANCELLED * members, members / means, 1.0).to(a.dtype)[:, None]
         a, b = a * rho, b * rho
     return a, (b * (averages @ pool.shares).to(b.dtype)[:, None]).T.contiguous(), pool.factor
+
+
+def _means(clusters: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
+    """(k, d_in) and (k, d_out), the means of the members of every cluster."""
+    pool = clusters.pool
+    if pool.terms[0].A.dtype == torch.float64:
+        # the kernels take no float64
+        averages = clusters.averages()
+        return tuple(averages @ (torch.cat(part) * s[:, None]) for part, s in zip(pool.parts, pool.scales, strict=True))
+    return kmeans_update(pool.parts, clusters.labels, clusters.k, weights=pool.weights, scales=pool.scales)[0]
 
 
 def _unit_norms(pool: Pool, norm: str) -> torch.Tensor:
