@@ -117,7 +117,12 @@ def _unit_norms(pool: Pool, norm: str) -> torch.Tensor:
 
 
 def _norms(rows: torch.Tensor, norm: str) -> torch.Tensor:
-    return torch.linalg.vector_norm(rows, NORMS[norm], dim=1).double()
+    """(R,) float64 norms of the rows."""
+    if norm == "l2":
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    # several times as fast as torch's own infinity norm
+    rows = rows.contiguous()
+    return torch.maximum(rows.amax(1), -rows.amin(1)).double()
 
 
 def _joint(a: torch.Tensor, b: torch.Tensor, norm: str) -> torch.Tensor:
