@@ -11,7 +11,7 @@ import torch
 
 import lorakern
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # what the hub takes as a base_model; a local path is none
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # what the hub takes as a base_model; a local path is none
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def run(
     with opened(sources([*names, merged]), check_finite=False) as (*adapters, result):
         report = _report(adapters, result, device, console, weights=weights, rtol=rtol, probe=probe, seed=seed)
     ranked = report.ranked()
-    shown = ranked if every else ranked[: max(SHOWN, 0)]
+    shown = ranked if every else ranked[:SHOWN]
     verdict, *rest = str(report).splitlines()
     told = [line.strip() for line in rest if line.lstrip().startswith(("missing", "extra"))]
     more = [f"{len(ranked) - len(shown)} more modules; --all shows them"] if len(shown) < len(ranked) else []

@@ -180,6 +180,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.MarkedYAMLError(None, None, "a key must be a word", key.start_mark)
+            if key.value == "<<":
+                raise yaml.MarkedYAMLError(None, None, "merge keys (<<) are not taken", key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {show(key.value)} is there twice", key.start_mark)
             seen.add(key.value)

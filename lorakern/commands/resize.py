@@ -49,7 +49,8 @@ def run(
                     if writer is not None:
                         writer.add(module, small)
                     ranks = {"rank_before": factors.rank, "rank": small.rank}
-                    error = delta_distance([small], [factors])
+                    same = small.A is factors.A and small.B is factors.B
+                    error = 0.0 if same else delta_distance([small], [factors])
                     modules.append({"module": module, **ranks, "energy": energy, "error": error})
                     progress(done, len(adapter), module)
             if writer is not None:
