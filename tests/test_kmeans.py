@@ -256,7 +256,7 @@ def test_auto_takes_the_cheaper_space(monkeypatch):
     gram, direct = module._in_gram_space, module._directly
     monkeypatch.setattr(module, "_in_gram_space", lambda *a: spaces.append("gram") or gram(*a))
     monkeypatch.setattr(module, "_directly", lambda *a: spaces.append("direct") or direct(*a))
-    lk.kmeans([noise(128, 50), noise(1000, 4)], 2, n_init=1)
+    lk.kmeans([noise(128, 50), noise(1000, 4)], 8, n_init=1)
     assert spaces == ["gram", "direct"]
     spaces.clear()
     lk.kmeans(noise(500, 4), 8, n_init=10)

@@ -15,11 +15,13 @@ inline void update(const UpdateUnit& u, double* sums) {
   const float* scales = p.points.scales ? p.points.scales + u.part * x.rows : nullptr;
   const int64_t width = u.end - u.begin + kWidth;
   std::fill(sums, sums + p.k * width, 0.0);
+  constexpr int kHalf = kWidth / 2;
   for_each_vector(x, u.begin, u.end, [&](int64_t row, int64_t k, int, Vec values) ALWAYS_INLINE_LAMBDA {
     double lanes[kWidth], *to = sums + p.members[row] * width + k - u.begin;
-    const double factor = p.weights[row] * (scales ? scales[row] : 1.0f);
+    const Wide factor = wide_set(p.weights[row] * (scales ? scales[row] : 1.0f));
     vec_widen(lanes, values);
-    for (int l = 0; l < kWidth; ++l) to[l] += factor * lanes[l];
+    for (int h = 0; h < kWidth; h += kHalf)
+      wide_store(to + h, wide_fma(factor, wide_load(lanes + h), wide_load(to + h)));
   });
   for (int64_t c = 0; c < p.k; ++c)
     for (int64_t k = u.begin; k < u.end; ++k) {
@@ -28,18 +30,23 @@ inline void update(const UpdateUnit& u, double* sums) {
       p.centroids[c * p.points.columns + u.first + k] = static_cast<float>(mean);
     }
   if (!p.labels) return;
-  double inertia[kWidth] = {};
+  Wide inertia[2] = {wide_zero(), wide_zero()};
   for_each_vector(x, u.begin, u.end, [&](int64_t row, int64_t k, int some, Vec values) ALWAYS_INLINE_LAMBDA {
     double lanes[kWidth];
-    const double *mean = sums + p.labels[row] * width + k - u.begin, scale = scales ? scales[row] : 1.0f;
+    const double* mean = sums + p.labels[row] * width + k - u.begin;
+    const Wide scale = wide_set(scales ? scales[row] : 1.0f), minus = wide_set(-1), weight = wide_set(p.weights[row]);
     vec_widen(lanes, values);
-    for (int l = 0; l < kWidth; ++l) {
-      const double difference = l < some ? scale * lanes[l] - mean[l] : 0.0;
-      inertia[l] += p.weights[row] * difference * difference;
+    if (some < kWidth) std::fill(lanes + some, lanes + kWidth, 0.0);
+    for (int h = 0; h < 2; ++h) {
+      const Wide scaled = wide_fma(scale, wide_load(lanes + h * kHalf), wide_zero());
+      const Wide difference = wide_fma(minus, wide_load(mean + h * kHalf), scaled);
+      inertia[h] = wide_fma(wide_fma(difference, difference, wide_zero()), weight, inertia[h]);
     }
   });
+  double lanes[kHalf];
+  wide_store(lanes, wide_add(inertia[0], inertia[1]));
   *u.inertia = 0;
-  for (double lane : inertia) *u.inertia += lane;
+  for (double lane : lanes) *u.inertia += lane;
 }
 
 }  // namespace

@@ -9,7 +9,9 @@
 namespace lorakern::cpu {
 namespace {
 
-constexpr int64_t kStretch = 1024;               // columns of a unit at least
+constexpr int64_t kStretch = 1024;               // columns of a unit at least, where points have so many
+constexpr int64_t kMostStretches = 8;            // of the points of a problem, and one more for each further part
+constexpr int64_t kGrain = 32;                   // ranges of columns are multiples of it
 constexpr int64_t kPartialFloats = 1 << 24;      // of the units' results that are kept at a time
 constexpr int64_t kFinishedRows = 64;            // rows of a Gram matrix that are added up at a time
 constexpr int64_t kLeastParallelWork = 1 << 18;  // multiply-adds that take as long as waking the threads
@@ -22,18 +24,19 @@ double* scratch_of(int64_t doubles) {
   return scratch.get(doubles);
 }
 
-// Columns of a unit: many points have few stretches, since the results of each are kept until all are there.
+// Columns of a unit: there are few, since the results of each are kept until all are there.
 int64_t stretch_of(const Points& points, int64_t width) {
-  const int64_t most = std::max<int64_t>(1, kPartialFloats / (width * width));
-  return std::max(kStretch, (points.columns + most - 1) / most);
+  const int64_t units = std::clamp<int64_t>(kPartialFloats / (width * width), 1, kMostStretches);
+  return std::max(kStretch, (points.columns + units - 1) / units);
 }
 
-// Call f(part, begin, end, first column of the part) for ranges of at most `most` columns of each part.
+// Call f(part, begin, end, first column of the part) for even ranges of about `most` columns of each part at most.
 template <typename F>
 void for_each_range(const Points& points, int64_t most, const F& f) {
   for (int64_t part = 0, first = 0; part < points.num_parts; first += points.parts[part++].columns) {
-    const int64_t columns = points.parts[part].columns;
-    for (int64_t begin = 0; begin < columns; begin += most) f(part, begin, std::min(begin + most, columns), first);
+    const int64_t columns = points.parts[part].columns, ranges = (columns + most - 1) / most;
+    const int64_t width = ((columns + ranges - 1) / ranges + kGrain - 1) / kGrain * kGrain;
+    for (int64_t begin = 0; begin < columns; begin += width) f(part, begin, std::min(begin + width, columns), first);
   }
 }
 
@@ -156,8 +159,9 @@ void update(const std::vector<UpdateProblem>& problems, int threads) {
   for (const UpdateProblem& p : problems) {
     std::fill(p.counts, p.counts + p.k, 0.0);
     for (int64_t i = 0; i < p.points.count; ++i) p.counts[p.members[i]] += p.weights[i];
-    const int64_t most = std::clamp<int64_t>(kUpdateDoubles / p.k / 16, 1, 32) * 16,
-                  wanted = std::max<int64_t>(p.points.columns / 16 / 16, 1) * 16;
+    // As many as leave the sums in a cache, and some units to every thread.
+    const int64_t most = std::clamp<int64_t>(kUpdateDoubles / p.k / kGrain, 1, 16) * kGrain,
+                  wanted = std::max<int64_t>(p.points.columns / 16 / kGrain, 1) * kGrain;
     for_each_range(p.points, std::min(most, wanted), [&](int64_t part, int64_t begin, int64_t end, int64_t first) {
       units.push_back({&p, part, first, begin, end, nullptr});
     });

@@ -203,27 +203,35 @@ void load_rows(const RowSet& set, int64_t r, int live, int64_t k, int some, Vec*
   }
 }
 
+template <typename T, typename F>
+ALWAYS_INLINE void for_each_vector_of(const RowSet& set, int64_t row, int64_t begin, int64_t end, const F& f) {
+  // Rows that are contiguous are read one after the other; where columns are, a block is transposed.
+  const int block = set.column_stride == 1 ? 1 : kWidth;
+  for (int64_t r = 0; r < set.rows; r += block)
+    for (int64_t k = begin; k < end; k += kWidth) {
+      const int live = static_cast<int>(std::min<int64_t>(set.rows - r, block)),
+                some = static_cast<int>(std::min<int64_t>(end - k, kWidth));
+      Vec rows[kWidth];
+      load_rows<T>(set, r, live, k, some, rows);
+      for (int i = 0; i < live; ++i) f(row + r + i, k, some, rows[i]);
+    }
+}
+
 // Call f(row, column, elements, vector) for some columns of all rows, kWidth elements at a time; rows ascend for each
 // column.
 template <typename F>
 ALWAYS_INLINE void for_each_vector(const Rows& x, int64_t begin, int64_t end, const F& f) {
   int64_t row = 0;
-  for (int64_t s = 0; s < x.num_sets; row += x.sets[s++].rows) {
-    const RowSet& set = x.sets[s];
-    for (int64_t r = 0; r < set.rows; r += kWidth)
-      for (int64_t k = begin; k < end; k += kWidth) {
-        const int live = static_cast<int>(std::min<int64_t>(set.rows - r, kWidth)),
-                  some = static_cast<int>(std::min<int64_t>(end - k, kWidth));
-        Vec rows[kWidth];
-        if (set.dtype == Dtype::kFloat32)
-          load_rows<float>(set, r, live, k, some, rows);
-        else if (set.dtype == Dtype::kFloat16)
-          load_rows<f16>(set, r, live, k, some, rows);
-        else
-          load_rows<bf16>(set, r, live, k, some, rows);
-        for (int i = 0; i < live; ++i) f(row + r + i, k, some, rows[i]);
-      }
-  }
+  for (int64_t s = 0; s < x.num_sets; row += x.sets[s++].rows) switch (x.sets[s].dtype) {
+      case Dtype::kFloat16:
+        for_each_vector_of<f16>(x.sets[s], row, begin, end, f);
+        break;
+      case Dtype::kBFloat16:
+        for_each_vector_of<bf16>(x.sets[s], row, begin, end, f);
+        break;
+      default:
+        for_each_vector_of<float>(x.sets[s], row, begin, end, f);
+    }
 }
 
 constexpr int64_t kAssignRows = 96;  // of a unit at most: whole panels of every ISA

@@ -32,11 +32,11 @@ _ORDER = {
         "expand": (cuda, triton),
         "bgmv": (cuda, triton),
         "backward": (cuda, triton),
+        **{op: (triton,) for op in CLUSTERING},
         # No kernels of ours yet for these: torch.mm in float64.
         "gram": (reference,),
         "sketch": (reference,),
         "lines": (reference,),
-        **{op: (reference,) for op in CLUSTERING},
     },
 }
 
