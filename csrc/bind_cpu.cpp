@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/gram.h"
+#include "cpu/kmeans.h"
 #include "cpu/lora.h"
 #include "cpu/probe.h"
 #include "cpu/threads.h"
@@ -29,6 +30,13 @@ using SetTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>;  // data
 using RowsTuple = std::tuple<int64_t, int64_t>;                          // sets, columns
 // products, first, factors, allowed, ratios, step
 using LinesTuple = std::tuple<uintptr_t, int64_t, uintptr_t, double, uintptr_t, double>;
+using PointsTuple = std::tuple<int64_t, uintptr_t>;                                   // parts, scales
+using AssignTuple = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;  // centroids, k, outputs
+// members, labels, weights, k, centroids, counts, inertia
+using UpdateTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t>;
+using CloudTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;  // gram, weights, count, k
+// seeds, runs, first labels, first sqdist; labels, members, iterations
+using LloydTuple = std::tuple<uintptr_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 cpu::Indices indices_of(const IndexTuple& t) {
   return {pointer<const void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
@@ -189,6 +197,92 @@ void combine(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& s
   cpu::combine(problems, threads);
 }
 
+// The points of every problem: it has the next of the parts, and each part the next of the sets.
+class PointsBatch {
+ public:
+  PointsBatch(const std::vector<SetTuple>& sets, const std::vector<RowsTuple>& parts,
+              const std::vector<PointsTuple>& problems)
+      : sets_(sets_of(sets)), parts_(rows_of(sets_, parts)) {
+    const Rows* next = parts_.data();
+    for (const auto& [num_parts, scales] : problems) {
+      int64_t columns = 0;
+      for (int64_t p = 0; p < num_parts; ++p) columns += next[p].columns;
+      points_.push_back({next, num_parts, next->rows, columns, pointer<const float>(scales)});
+      next += num_parts;
+    }
+  }
+  size_t size() const { return points_.size(); }
+  const Points& operator[](size_t i) const { return points_[i]; }
+
+ private:
+  std::vector<RowSet> sets_;
+  std::vector<Rows> parts_;
+  std::vector<Points> points_;
+};
+
+void points_gram(const std::vector<SetTuple>& sets, const std::vector<RowsTuple>& parts,
+                 const std::vector<PointsTuple>& points, const std::vector<uintptr_t>& out, int threads) {
+  const PointsBatch batch(sets, parts, points);
+  std::vector<PointsGramProblem> problems;
+  for (size_t i = 0; i < batch.size(); ++i) problems.push_back({batch[i], pointer<float>(out.at(i))});
+  py::gil_scoped_release release;
+  cpu::points_gram(problems, threads);
+}
+
+void assign(const std::vector<SetTuple>& sets, const std::vector<RowsTuple>& parts,
+            const std::vector<PointsTuple>& points, const std::vector<AssignTuple>& given, int threads) {
+  const PointsBatch batch(sets, parts, points);
+  std::vector<AssignProblem> problems;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const auto& [centroids, k, labels, sqdist, distances] = given.at(i);
+    problems.push_back({batch[i], pointer<const float>(centroids), k, pointer<int64_t>(labels), pointer<float>(sqdist),
+                        pointer<float>(distances)});
+  }
+  py::gil_scoped_release release;
+  cpu::assign(problems, threads);
+}
+
+void update(const std::vector<SetTuple>& sets, const std::vector<RowsTuple>& parts,
+            const std::vector<PointsTuple>& points, const std::vector<UpdateTuple>& given, int threads) {
+  const PointsBatch batch(sets, parts, points);
+  std::vector<UpdateProblem> problems;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    const auto& [members, labels, weights, k, centroids, counts, inertia] = given.at(i);
+    problems.push_back({batch[i], pointer<const int64_t>(members), pointer<const int64_t>(labels),
+                        pointer<const double>(weights), k, pointer<float>(centroids), pointer<double>(counts),
+                        pointer<double>(inertia)});
+  }
+  py::gil_scoped_release release;
+  cpu::update(problems, threads);
+}
+
+Cloud cloud_of(const CloudTuple& t) {
+  return {pointer<const float>(std::get<0>(t)), pointer<const double>(std::get<1>(t)), std::get<2>(t), std::get<3>(t)};
+}
+
+void seed(const std::vector<CloudTuple>& clouds, uintptr_t uniforms, int64_t runs, int64_t stride,
+          const std::vector<int64_t>& trials, const std::vector<uintptr_t>& seeds, int threads) {
+  std::vector<SeedProblem> problems;
+  for (size_t i = 0; i < clouds.size(); ++i)
+    problems.push_back({cloud_of(clouds[i]), pointer<const double>(uniforms), runs, trials.at(i), stride,
+                        pointer<int64_t>(seeds.at(i))});
+  py::gil_scoped_release release;
+  cpu::seed(problems, threads);
+}
+
+void lloyd(const std::vector<CloudTuple>& clouds, const std::vector<LloydTuple>& given, int64_t max_iterations,
+           const std::vector<double>& tolerances, int threads) {
+  std::vector<LloydProblem> problems;
+  for (size_t i = 0; i < clouds.size(); ++i) {
+    const auto& [seeds, runs, first_labels, first_sqdist, labels, members, iterations] = given.at(i);
+    problems.push_back({cloud_of(clouds[i]), pointer<const int64_t>(seeds), runs, pointer<const int64_t>(first_labels),
+                        pointer<const double>(first_sqdist), max_iterations, tolerances.at(i), pointer<int64_t>(labels),
+                        pointer<int64_t>(members), pointer<int64_t>(iterations)});
+  }
+  py::gil_scoped_release release;
+  cpu::lloyd(problems, threads);
+}
+
 uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   return cpu::read_buffer(pointer<const void>(data), bytes, threads);
@@ -218,6 +312,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sketch", &sketch);
   m.def("lines", &lines);
   m.def("combine", &combine);
+  m.def("points_gram", &points_gram);
+  m.def("kmeans_assign", &assign);
+  m.def("kmeans_update", &update);
+  m.def("kmeans_seed", &seed);
+  m.def("kmeans_lloyd", &lloyd);
   m.def("usable_isas", &cpu::usable_isas);
   m.def("current_isa", &cpu::current_isa);
   m.def("force_isa", &cpu::force_isa);

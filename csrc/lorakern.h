@@ -102,6 +102,63 @@ struct LinesProblem {
 // column * first + r of the first of them.
 constexpr int kLineNumbers = 6;
 
+struct Points {  // `count` points. Their columns are those of all parts, side by side; each part has a row to a point
+  const Rows* parts;
+  int64_t num_parts, count, columns;
+  const float* scales;  // (num_parts, count), factors of the rows, or null for 1
+};
+
+struct PointsGramProblem {  // out = X X^T in float32, X the points or, of each column, what is left of its mean
+  Points points;
+  float* out;  // (count, count)
+};
+
+struct AssignProblem {  // distances of points to k centroids: all of them, or the nearest centroid and its distance
+  Points points;
+  const float* centroids;  // (k, columns)
+  int64_t k;
+  int64_t* labels;   // (count) or null; the lower of equally near centroids
+  float* sqdist;     // (count) or null
+  float* distances;  // (count, k) or null
+};
+
+struct UpdateProblem {  // centroids[c] = sum w_i x_i / counts[c], counts[c] = sum w_i, over the members i of c
+  Points points;
+  const int64_t* members;  // (count)
+  const int64_t* labels;   // (count) or null: then there is no inertia
+  const double* weights;   // (count)
+  int64_t k;
+  float* centroids;  // (k, columns); zero where a cluster has no weight
+  double* counts;    // (k)
+  double* inertia;   // sum w_i ||x_i - centroids[labels[i]]||^2, of centroids that are not rounded
+};
+
+struct Cloud {            // weighted points of which their inner products are known, and how many clusters are wanted
+  const float* gram;      // (count, count)
+  const double* weights;  // (count)
+  int64_t count, k;
+};
+
+struct SeedProblem {  // greedy k-means++: k points of the cloud for every run
+  Cloud cloud;
+  const double* uniforms;  // `stride` from run to run, of which the first 1 + (k - 1) * trials are drawn
+  int64_t runs, trials, stride;
+  int64_t* seeds;  // (runs, k)
+};
+
+struct LloydProblem {  // Lloyd's iterations from every run's seeds, or from labels; the run of least inertia is kept
+  Cloud cloud;
+  const int64_t* seeds;  // (runs, k), or null: then one run starts from these labels, whose centroids are anywhere
+  int64_t runs;
+  const int64_t* first_labels;  // (count)
+  const double* first_sqdist;   // (count), to those centroids
+  int64_t max_iterations;
+  double tolerance;  // stop where the sum of all squared shifts is this share of the variance summed over columns
+  int64_t* labels;   // (count)
+  int64_t* members;  // (count): the clusters of whose points the centroids are the means
+  int64_t* iterations;
+};
+
 struct LoraGradParams {  // gradients of y = delta(x): any output may be null
   LoraParams forward;    // h holds A x; y is unused
   const void* dy;        // (T, sum of d_out), innermost stride 1

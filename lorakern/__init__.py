@@ -13,6 +13,7 @@ from lorakern.errors import LorakernError
 from lorakern.info import info
 from lorakern.ops import (
     EquivalenceReport,
+    KMeansResult,
     ModuleCheck,
     Plan,
     Truncated,
@@ -21,6 +22,9 @@ from lorakern.ops import (
     delta_distance,
     delta_norm,
     expand,
+    kmeans,
+    kmeans_assign,
+    kmeans_update,
     lora_delta,
     plan,
     sgmv,
@@ -32,6 +36,7 @@ from lorakern.ops import (
 __version__ = "0.1.0"
 __all__ = [
     "EquivalenceReport",
+    "KMeansResult",
     "LoraAdapter",
     "LoraFactors",
     "LorakernError",
@@ -44,6 +49,9 @@ __all__ = [
     "delta_norm",
     "expand",
     "info",
+    "kmeans",
+    "kmeans_assign",
+    "kmeans_update",
     "lora_delta",
     "merge",
     "plan",

@@ -10,6 +10,7 @@ SYMMETRIC = {
     "cat": {},
     "fedex": {},
     "knots": {"density": 1.0},
+    "lego": {},
     "linear": {},
     "lorahub_linear": {},
     "magnitude_prune": {"density": 1.0},

@@ -260,21 +260,31 @@ def test_a_method_is_one_decorated_function(registry):
 
 def test_a_method_may_take_all_modules_at_once(registry):
     @method("together", whole=True)
-    def together(modules, rank, generators, *, power: int):
-        assert len(modules) == 3 and "nothing" not in modules
-        ranks = sum(term.rank for terms in modules.values() for term in terms)
+    def together(modules, ranks, generators, *, power: int):
+        calls.append(list(modules))
+        assert "nothing" not in modules
+        assert [ranks(module) for module in modules] == [2 if module == "v_proj" else None for module in modules]
+        whole = sum(term.rank for terms in modules.values() for term in terms)
         for module in reversed(list(modules)):
             term = modules[module][0]
             assert generators(module).initial_seed() == module_generator(3, module).initial_seed()
-            yield module, (term.A, term.B, float(ranks**power))
+            yield module, (term.A, term.B, float(whole**power))
 
     adapters = [{m: factors(*SHAPES[m], 2) for m in SHAPES}, {"q_proj": factors(5, 7, 3)}]
-    merged = lk.merge(adapters, "together", seed=3, power=2)
+    calls = []
+    merged = lk.merge(adapters, "together", seed=3, power=2, rank={"v_proj": 2})
+    assert calls == [list(SHAPES)]
     assert list(merged) == list(reversed(SHAPES)) and merged["v_proj"].scale == 81.0
     with pytest.raises(lk.LorakernError, match="together: option power must be given, it is an integer"):
         lk.merge(adapters, "together")
-    with pytest.raises(lk.LorakernError, match="per_module must be None for together, which merges"):
-        lk.merge(adapters, "together", power=1, per_module=lambda module: {})
+    # once for all modules of the same options
+    calls.clear()
+    given = {"q_proj": {}, "v_proj": {"power": 1, "rank": 2}, "down_proj": {"weights": [3.0, 1.0]}}
+    merged = lk.merge(adapters, "together", seed=3, power=2, per_module=given.__getitem__)
+    assert sorted(calls) == [["q_proj", "down_proj"], ["v_proj"]]
+    assert merged["v_proj"].scale == 2.0 and merged["q_proj"].scale == 49.0
+    with pytest.raises(lk.LorakernError, match=r"v_proj: together: power must be an integer, got 0\.5"):
+        lk.merge(adapters, "together", power=1, per_module=lambda module: {"power": 0.5} if "v_" in module else {})
 
 
 def test_a_method_that_breaks_its_word(registry):

@@ -12,11 +12,29 @@ if __name__ == "triton_kernels":
 
 from .backward import backward
 from .bgmv import bgmv
+from .clustering import kmeans_assign, kmeans_lloyd, kmeans_seed, kmeans_update, points_gram
 from .common import INTERPRET
 from .configs import SHARED_LIMIT
 from .expand import expand
+from .lloyd import MOST_POINTS
 from .plan import countable, plan
 from .shrink import shrink
 from .warmup import warmup
 
-__all__ = ["INTERPRET", "SHARED_LIMIT", "backward", "bgmv", "countable", "expand", "plan", "shrink", "warmup"]
+__all__ = [
+    "INTERPRET",
+    "MOST_POINTS",
+    "SHARED_LIMIT",
+    "backward",
+    "bgmv",
+    "countable",
+    "expand",
+    "kmeans_assign",
+    "kmeans_lloyd",
+    "kmeans_seed",
+    "kmeans_update",
+    "plan",
+    "points_gram",
+    "shrink",
+    "warmup",
+]

@@ -82,6 +82,15 @@ CONFIGS = tuple(
         # dots and dscale: bound by the latency of their loads; few registers, many loads under way
         ("dots", (torch.float32,), ((0, 32, 4, 1),)),
         ("dscale", (torch.float32,), ((0, 1024, 4, 1),)),
+        # clustering: block_r points or centroids a tile, block columns a step; update has a row of columns at a time
+        ("points_gram", (torch.float16, torch.bfloat16), ((32, 64, 4, 2),)),
+        ("points_gram", (torch.float32,), ((32, 32, 4, 2),)),
+        ("nearest", (torch.float16, torch.bfloat16, torch.float32), ((32, 32, 4, 2),)),
+        ("own", (torch.float16, torch.bfloat16, torch.float32), ((16, 128, 4, 1),)),
+        ("update", (torch.float16, torch.bfloat16, torch.float32), ((0, 512, 4, 1),)),
+        # on inner products: one program a run, block points at most
+        ("seed", (torch.float32,), ((0, 256, 4, 1), (0, 1024, 4, 1), (0, 4096, 8, 1))),
+        ("lloyd", (torch.float32,), ((0, 256, 4, 1), (0, 1024, 4, 1), (0, 4096, 8, 1))),
         # counting is all registers: 32 pairs against 128 at a time
         ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )

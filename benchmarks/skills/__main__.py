@@ -1,4 +1,4 @@
-"""`python -m benchmarks.skills`: train the skill adapters, score them, list them."""
+"""`python -m benchmarks.skills`: train the skill adapters, score them alone and merged, list them."""
 
 from __future__ import annotations
 
@@ -107,6 +107,36 @@ def evaluate(
             SCORES.write_text(json.dumps(scores, indent=2) + "\n")
     SCORES.with_suffix(".md").write_text(table(scores))
     (ADAPTERS / "prompts.json").write_text(json.dumps(demo_prompts(list(scores)), indent=2) + "\n")
+
+
+@app.command()
+def merges(
+    names: Names = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the questions, of LEGO and of DARE.")] = 3,
+    pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; else all of the skills.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for merges.json, .md and .png; a run goes on there.")] = HERE,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Score every merge method on pairs of skills and on all of them; a run that was stopped goes on."""
+    from benchmarks.skills import merges as work
+    from benchmarks.skills import merges_page
+    from lorakern import LoraAdapter
+    from lorakern.integrations import smollm2
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = _chosen(names)
+    if len(chosen) < 2:
+        raise typer.BadParameter("it takes two skills or more")
+    out.mkdir(parents=True, exist_ok=True)
+    results = work.Results(out / "merges.json", work.settings(chosen, count, seeds, pairs))
+    adapters = {name: LoraAdapter.load(ADAPTERS / name) for name in chosen}
+    model, tokenizer = smollm2.load()
+    with _progress() as progress:
+        bar = progress.add_task("answers", total=work.total(results.settings), note="")
+        work.run(results, model, tokenizer, adapters, lambda n, note: progress.update(bar, advance=n, note=note))
+    console.print(f"{merges_page.write(out, results)} is written")
 
 
 @app.command("list")

@@ -33,9 +33,12 @@ double to_double(T value) {
   return to_float(value);
 }
 
-// Columns begin .. begin + depth of a set, each `stride` doubles after the one before it.
-template <typename T>
-void pack_set(const RowSet& set, int64_t begin, int64_t depth, double* out, int64_t stride) {
+inline void put(double* p, Vec a) { vec_widen(p, a); }
+inline void put(float* p, Vec a) { vec_store(p, a); }
+
+// Columns begin .. begin + depth of a set, each `stride` numbers after the one before it.
+template <typename T, typename Out>
+void pack_set(const RowSet& set, int64_t begin, int64_t depth, Out* out, int64_t stride) {
   const T* data = static_cast<const T*>(set.data) + begin * set.column_stride;
   if constexpr (sizeof(T) < 8) {
     if (set.row_stride == 1) {
@@ -43,7 +46,7 @@ void pack_set(const RowSet& set, int64_t begin, int64_t depth, double* out, int6
         for (int64_t r = 0; r < set.rows; r += kWidth) {
           const T* from = data + k * set.column_stride + r;
           const int64_t live = set.rows - r;
-          vec_widen(out + k * stride + r, live >= kWidth ? vec_load(from) : vec_load_n(from, static_cast<int>(live)));
+          put(out + k * stride + r, live >= kWidth ? vec_load(from) : vec_load_n(from, static_cast<int>(live)));
         }
       return;
     }
@@ -60,17 +63,18 @@ void pack_set(const RowSet& set, int64_t begin, int64_t depth, double* out, int6
             load_block<true>(from, set.row_stride, live, some, columns);
           else
             load_block<false>(from, set.row_stride, live, some, columns);
-          for (int i = 0; i < some; ++i) vec_widen(out + (k + i) * stride + r, columns[i]);
+          for (int i = 0; i < some; ++i) put(out + (k + i) * stride + r, columns[i]);
         }
       return;
     }
   }
   for (int64_t r = 0; r < set.rows; ++r)
     for (int64_t k = 0; k < depth; ++k)
-      out[k * stride + r] = to_double(data[r * set.row_stride + k * set.column_stride]);
+      out[k * stride + r] = static_cast<Out>(to_double(data[r * set.row_stride + k * set.column_stride]));
 }
 
-inline void pack_any(const RowSet& set, int64_t begin, int64_t depth, double* out, int64_t stride) {
+template <typename Out>
+void pack_any(const RowSet& set, int64_t begin, int64_t depth, Out* out, int64_t stride) {
   switch (set.dtype) {
     case Dtype::kFloat32:
       return pack_set<float>(set, begin, depth, out, stride);
@@ -85,7 +89,8 @@ inline void pack_any(const RowSet& set, int64_t begin, int64_t depth, double* ou
 
 // Columns begin .. begin + depth of all sets, in ascending order of the sets: what a set's last vector stores beyond
 // its rows is zero, or overwritten by the next set.
-inline void pack(const Rows& x, int64_t begin, int64_t depth, double* out, int64_t stride) {
+template <typename Out>
+void pack(const Rows& x, int64_t begin, int64_t depth, Out* out, int64_t stride) {
   for (int64_t s = 0; s < x.num_sets; ++s) {
     pack_any(x.sets[s], begin, depth, out, stride);
     out += x.sets[s].rows;
@@ -93,8 +98,9 @@ inline void pack(const Rows& x, int64_t begin, int64_t depth, double* out, int64
 }
 
 // What lies beyond the rows of a packed column takes part in sums of whole vectors.
-inline void clear_padding(int64_t rows, double* packed, int64_t stride) {
-  for (int64_t k = 0; k < kPackedColumns; ++k) std::fill(packed + k * stride + rows, packed + (k + 1) * stride, 0.0);
+template <typename Out>
+void clear_padding(int64_t rows, Out* packed, int64_t stride) {
+  for (int64_t k = 0; k < kPackedColumns; ++k) std::fill(packed + k * stride + rows, packed + (k + 1) * stride, Out());
 }
 
 struct Operand {

@@ -1,6 +1,7 @@
 // The backward of shrink and expand as units of work, on the same micro-kernels.
 #pragma once
-#include "gram_unit.h"
+#include "centroid_unit.h"
+#include "lloyd_unit.h"
 #include "lora_forward.h"
 
 namespace {
@@ -154,7 +155,20 @@ constexpr lorakern::Variant variant(const char* name) {
           gram,
           sketch,
           lines,
-          combine};
+          combine,
+          points_stride,
+          points_scratch,
+          points_gram,
+          pack_centers,
+          assign_rows,
+          assign_scratch,
+          assign,
+          update_scratch,
+          update,
+          seed_scratch,
+          seed,
+          lloyd_scratch,
+          lloyd};
 }
 
 // One table entry per Dtype, in its order.

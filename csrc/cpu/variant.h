@@ -66,6 +66,50 @@ struct ColumnUnit {
   double* out;
 };
 
+struct PointsUnit {  // the inner products of all points over some columns of a part, as points_gram leaves them
+  const Points* points;
+  int64_t part, begin, end;
+  float* out;  // (width, width), of which only what is on or right of the diagonal means anything
+};
+
+struct CentersUnit {  // some columns of the centroids of a problem: less their mean, packed, and their squares' sums
+  const AssignProblem* problem;
+  int64_t begin, end;
+  float *packed, *mean;  // (columns, points_stride(k)) and (columns), of all columns
+  double* squares;       // (k)
+};
+
+struct AssignUnit {  // some points of a problem, and its centroids as CentersUnit leaves them
+  const AssignProblem* problem;
+  const Rows* parts;
+  int64_t begin, count;
+  const float *centers, *mean, *squares;
+
+  const float* scales(int64_t part) const {
+    const Points& p = problem->points;
+    return p.scales ? p.scales + part * p.count + begin : nullptr;
+  }
+};
+
+struct UpdateUnit {  // some columns of a part, whose first column is column `first` of a point
+  const UpdateProblem* problem;
+  int64_t part, first, begin, end;
+  double* inertia;
+};
+
+struct SeedUnit {
+  const SeedProblem* problem;
+  int64_t run;
+};
+
+struct LloydUnit {
+  const LloydProblem* problem;
+  int64_t run;
+  double least_shift;  // a smaller sum of squared shifts ends it
+  int64_t *labels, *members, *iterations;
+  double* inertia;
+};
+
 struct Variant {
   const char* name;
   int64_t panel_columns;                         // widths of column ranges should be multiples of it
@@ -84,6 +128,19 @@ struct Variant {
   void (*sketch)(const ColumnUnit<SketchProblem>&, double* scratch);
   void (*lines)(const ColumnUnit<LinesProblem>&, double* scratch);
   void (*combine)(const ColumnUnit<CombineProblem>&, double* scratch);
+  int64_t (*points_stride)(int64_t count);
+  int64_t (*points_scratch)(int64_t count);  // floats
+  void (*points_gram)(const PointsUnit&, float* scratch);
+  void (*pack_centers)(const CentersUnit&);
+  int64_t (*assign_rows)(int64_t k);     // points of a unit
+  int64_t (*assign_scratch)(int64_t k);  // floats
+  void (*assign)(const AssignUnit&, float* scratch);
+  int64_t (*update_scratch)(const UpdateUnit&);  // doubles
+  void (*update)(const UpdateUnit&, double* scratch);
+  int64_t (*seed_scratch)(const Cloud&);  // doubles
+  void (*seed)(const SeedUnit&, double* scratch);
+  int64_t (*lloyd_scratch)(const Cloud&);  // doubles
+  void (*lloyd)(const LloydUnit&, double* scratch);
 };
 
 constexpr int64_t kSumFloats = 1 << 17;  // of float32 sums a thread keeps where tokens get several terms: half of L2

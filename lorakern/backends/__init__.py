@@ -1,8 +1,8 @@
 """The backends, and the one place that picks among them.
 
-Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines combine``,
-the functions that it implements; where it cannot take every layer also refuses(op, layer), the reason why it leaves one
-to others.
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines combine``
+and the ``CLUSTERING`` ops, the functions that it implements; where it cannot take every layer also refuses(op, layer),
+the reason why it leaves one to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 
@@ -19,10 +19,13 @@ from lorakern.errors import LorakernError
 
 BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
+CLUSTERING = ("points_gram", "kmeans_assign", "kmeans_distances", "kmeans_update", "kmeans_seed", "kmeans_lloyd")
+
 # What serves each op by default, best first.
 _ORDER = {
     "cpu": {
-        op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", "combine")
+        op: (cpu,)
+        for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", "combine", *CLUSTERING)
     },
     "cuda": {
         "plan": (cuda, triton),
@@ -30,6 +33,7 @@ _ORDER = {
         "expand": (cuda, triton),
         "bgmv": (cuda, triton),
         "backward": (cuda, triton),
+        **{op: (triton,) for op in CLUSTERING},
         # No kernels of ours yet for these: torch.mm in float64.
         "gram": (reference,),
         "sketch": (reference,),

@@ -121,6 +121,95 @@ def combine(out, rows, sizes, factors):
     _call(_cpu.combine, sets, problems, [f.data_ptr() for f in factors], _sets(out))
 
 
+def _points(rows, blocks, parts, scales):
+    """The first three arguments of the clustering kernels, the points of each problem, and what must stay alive."""
+    if any(tensor.dtype not in _DTYPES for tensor in rows):
+        raise LorakernError("the cpu backend takes points of float32, float16 or bfloat16 (reference takes float64)")
+    sets, sizes, counts = _row_sets(rows, blocks)
+    firsts = list(accumulate(parts, initial=0))[:-1]
+    kept = [scale.contiguous() for scale in scales]
+    problems = [(count, s.data_ptr() if len(s) else 0) for count, s in zip(parts, kept, strict=True)]
+    return (sets, sizes, problems), [counts[first] for first in firsts], kept
+
+
+def _addresses(tensors):
+    return [t.data_ptr() if len(t) else 0 for t in tensors]
+
+
+def points_gram(rows, blocks, parts, scales):
+    points, counts, _kept = _points(rows, blocks, parts, scales)
+    out = [torch.empty(count, count) for count in counts]
+    _call(_cpu.points_gram, *points, _addresses(out))
+    return out
+
+
+def kmeans_assign(rows, blocks, parts, scales, centroids):
+    points, counts, _kept = _points(rows, blocks, parts, scales)
+    labels, sqdist = [torch.empty(n, dtype=torch.int64) for n in counts], [torch.empty(n) for n in counts]
+    sizes = [len(c) for c in centroids]
+    none = [0] * len(counts)
+    given = zip(_addresses(centroids), sizes, _addresses(labels), _addresses(sqdist), none, strict=True)
+    _call(_cpu.kmeans_assign, *points, list(given))
+    return labels, sqdist
+
+
+def kmeans_distances(rows, blocks, parts, scales, centroids):
+    points, counts, _kept = _points(rows, blocks, parts, scales)
+    out = [torch.empty(n, len(c)) for n, c in zip(counts, centroids, strict=True)]
+    given = [(c.data_ptr(), len(c), 0, 0, o.data_ptr()) for c, o in zip(centroids, out, strict=True)]
+    _call(_cpu.kmeans_assign, *points, given)
+    return out
+
+
+def kmeans_update(rows, blocks, parts, scales, members, labels, weights, ks):
+    points, _, _kept = _points(rows, blocks, parts, scales)
+    firsts = list(accumulate(blocks, initial=0))
+    part_columns = [rows[first].shape[1] for first in firsts[:-1]]
+    columns = [sum(part_columns[a:b]) for a, b in pairwise(accumulate(parts, initial=0))]
+    centroids = [torch.empty(k, d) for k, d in zip(ks, columns, strict=True)]
+    counts, inertia = [torch.empty(k, dtype=torch.float64) for k in ks], torch.empty(len(ks), dtype=torch.float64)
+    given = zip(
+        _addresses(members),
+        _addresses(labels),
+        _addresses(weights),
+        ks,
+        _addresses(centroids),
+        _addresses(counts),
+        [inertia.data_ptr() + 8 * i for i in range(len(ks))],
+        strict=True,
+    )
+    _call(_cpu.kmeans_update, *points, list(given))
+    return centroids, counts, inertia
+
+
+def _clouds(grams, weights, ks):
+    return list(zip(_addresses(grams), _addresses(weights), map(len, grams), ks, strict=True))
+
+
+def kmeans_seed(grams, weights, ks, trials, uniforms):
+    seeds = [torch.empty(len(uniforms), k, dtype=torch.int64) for k in ks]
+    sizes = len(uniforms), uniforms.shape[1], trials
+    _call(_cpu.kmeans_seed, _clouds(grams, weights, ks), uniforms.data_ptr(), *sizes, _addresses(seeds))
+    return seeds
+
+
+def kmeans_lloyd(grams, weights, ks, seeds, first_labels, first_sqdist, max_iterations, tolerances):
+    labels, members = ([torch.empty(len(g), dtype=torch.int64) for g in grams] for _ in range(2))
+    iterations, sqdist = torch.empty(len(ks), dtype=torch.int64), [s.double() for s in first_sqdist]
+    given = zip(
+        _addresses(seeds),
+        [max(1, len(s)) for s in seeds],
+        _addresses(first_labels),
+        _addresses(sqdist),
+        _addresses(labels),
+        _addresses(members),
+        [iterations.data_ptr() + 8 * i for i in range(len(ks))],
+        strict=True,
+    )
+    _call(_cpu.kmeans_lloyd, _clouds(grams, weights, ks), list(given), max_iterations, tolerances)
+    return labels, members, iterations
+
+
 def plan(indices, num_slots):
     order = torch.empty(indices.numel(), dtype=torch.int32)
     starts = torch.empty(num_slots + 1, dtype=torch.int32)

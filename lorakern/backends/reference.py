@@ -7,8 +7,33 @@ ranks and scale (slots,).
 
 import torch
 
+from lorakern.backends.reference_kmeans import (
+    kmeans_assign,
+    kmeans_distances,
+    kmeans_lloyd,
+    kmeans_seed,
+    kmeans_update,
+    points_gram,
+)
+
 NAME = "reference"
 VALIDATES = False
+__all__ = [
+    "backward",
+    "bgmv",
+    "expand",
+    "gram",
+    "kmeans_assign",
+    "kmeans_distances",
+    "kmeans_lloyd",
+    "kmeans_seed",
+    "kmeans_update",
+    "lines",
+    "plan",
+    "points_gram",
+    "shrink",
+    "sketch",
+]
 
 
 def missing():

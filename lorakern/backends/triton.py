@@ -63,6 +63,45 @@ def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     return _kernels().backward(dy, x, A, B, indices, scale, ranks, gates, order, starts, _shared(x.device))
 
 
+def points_gram(rows, blocks, parts, scales):
+    """X X^T of each problem; of float32 points, X less its mean."""
+    _check(rows[0])
+    return _kernels().points_gram(rows, blocks, parts, scales)
+
+
+def kmeans_assign(rows, blocks, parts, scales, centroids):
+    """Nearest centroids and squared distances; the products are float32."""
+    _check(rows[0])
+    return _kernels().kmeans_assign(rows, blocks, parts, scales, centroids)
+
+
+def kmeans_update(rows, blocks, parts, scales, members, labels, weights, ks):
+    """Means, counts and inertia: float64, but for squared distances, of 128 columns at a time."""
+    _check(rows[0])
+    return _kernels().kmeans_update(rows, blocks, parts, scales, members, labels, weights, ks)
+
+
+def kmeans_seed(grams, weights, ks, trials, uniforms):
+    """Greedy k-means++, a program for each run; points beyond what one holds go to the reference."""
+    _check(grams[0])
+    if max(len(g) for g in grams) > _kernels().MOST_POINTS:
+        return reference.kmeans_seed(grams, weights, ks, trials, uniforms)
+    return _kernels().kmeans_seed(grams, weights, ks, trials, uniforms)
+
+
+def kmeans_lloyd(grams, weights, ks, *arguments):
+    """Lloyd's iterations, a program for each run; points beyond what one holds go to the reference."""
+    _check(grams[0])
+    if max(len(g) for g in grams) > _kernels().MOST_POINTS:
+        return reference.kmeans_lloyd(grams, weights, ks, *arguments)
+    return _kernels().kmeans_lloyd(grams, weights, ks, *arguments)
+
+
+def kmeans_distances(rows, blocks, parts, scales, centroids):
+    """By plain torch."""
+    return reference.kmeans_distances(rows, blocks, parts, scales, centroids)
+
+
 def warmup(layers, dtype, device, **options):
     """Compile and load what bgmv, and backward if asked for, launch for these layers; the number of kernels."""
     if device.type != "cuda" and not _kernels().INTERPRET:

@@ -27,5 +27,6 @@ def start(
     """Kernels for multi-LoRA math."""
 
 
-for function in (files.merge, files.resize, files.check, files.inspect, machine.info, machine.demo, machine.bench):
+on_files = (files.merge, files.resize, files.check, files.inspect, files.lego_map)
+for function in (*on_files, machine.info, machine.demo, machine.bench):
     app.command()(function)

@@ -1,4 +1,4 @@
-"""Commands on adapter files: merge, resize, check and inspect. Their work is done in lorakern.commands."""
+"""Commands on adapter files: merge, resize, check, inspect and lego-map. Their work is done in lorakern.commands."""
 
 from __future__ import annotations
 
@@ -173,6 +173,43 @@ def inspect(
     from lorakern.commands import sources
 
     work.run(adapter, device=sources.read_device(device), every=all, plot=plot, console=_console(json, quiet))
+
+
+def lego_map(
+    adapters: Annotated[list[str], typer.Argument(help="Directories, or .safetensors files.")],
+    rank: Annotated[str | None, typer.Option(help="Clusters, or the share of the energy to keep: 0.95.")] = None,
+    weights: Weights = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the method lego."),
+    ] = None,
+    seed: Seed = 0,
+    missing: Annotated[str, typer.Option(help="What a lacking module is: zero, skip or error.")] = "zero",
+    base_model: Annotated[str | None, typer.Option(help="Theirs, where the adapters name different ones.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the clusters of every module as a PNG.")] = None,
+    device: Device = None,
+    all: All = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show which adapter's ranks a merge by LoRA-LEGO puts into which cluster; nothing is merged."""
+    from lorakern.commands import lego_map as work
+    from lorakern.commands import sources
+    from lorakern.commands.merge import read_options
+
+    work.run(
+        sources.sources(adapters),
+        rank=None if rank is None else sources.read_rank(rank),
+        weights=sources.read_weights(weights),
+        seed=seed,
+        missing=missing,
+        base=base_model,
+        options=read_options("lego", set_ or [], {}),
+        device=sources.read_device(device),
+        every=all,
+        plot=plot,
+        console=_console(json, quiet),
+    )
 
 
 def _console(json: bool, quiet: bool):

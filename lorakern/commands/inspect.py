@@ -11,8 +11,8 @@ import torch
 
 from lorakern.adapters.json_file import show
 from lorakern.commands.console import Console, kind, span
+from lorakern.commands.plots import check_plot, write_plot
 from lorakern.commands.sources import on_device, opened, sources
-from lorakern.errors import LorakernError
 from lorakern.ops import truncate
 
 
@@ -32,11 +32,7 @@ def run(
 
     Raises `LorakernError` for an adapter that cannot be read and a `plot` that cannot be written.
     """
-    if plot is not None:
-        import matplotlib  # noqa: F401  what is missing is said before the work
-
-        if plot.is_dir() or not plot.absolute().parent.is_dir():
-            raise LorakernError(f"--plot {plot} must be a file in a directory that exists")
+    check_plot(plot)
     with opened(sources([name])) as (adapter,):
         modules = []
         with console.progress("reading") as progress:
@@ -59,7 +55,7 @@ def run(
         "norm": norm,
     }
     if plot is not None:
-        _write(plot, _image(name, modules))
+        write_plot(plot, _image(name, modules))
     told = [
         f"base model: {config.base_model_name_or_path or 'not named'}",
         f"{len(modules)} modules, {parameters:,} parameters, {_values(modules, 'dtype')}, norm {norm:.4g}",
@@ -161,15 +157,3 @@ def _layer(module: str, otherwise: int) -> int:
     """The first number in the path, or the place in the file."""
     found = re.search(r"(?<![^._])\d+(?![^._])", module)
     return int(found[0]) if found else otherwise
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Under another name in the same directory, then renamed: never half a file."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        raise LorakernError(f"--plot {path} cannot be written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)

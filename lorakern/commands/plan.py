@@ -68,8 +68,8 @@ def merged_ranks(
     """Module path to the rank that the method gives it at most.
 
     The method itself is asked: it merges random factors of the true ranks, of no more inputs and outputs than those
-    ranks need, one for all modules that are alike. A method of all modules at once is taken to reach the largest rank
-    there can be, and so is a share of the energy.
+    ranks need, one for all modules that are alike. A share of the energy is taken to reach the largest rank there can
+    be: that of the update, or the sum of the ranks for a method of all modules at once.
     """
     modules = list(dict.fromkeys(module for adapter in shapes for module in adapter))
     alike: dict[str, list[str]] = {}
@@ -77,10 +77,9 @@ def merged_ranks(
     for module in modules:
         own = [adapter.get(module) for adapter in shapes]
         total = sum(shape[0] for shape in own if shape)
-        bound[module] = min(total, *next(shape for shape in own if shape)[1:])
+        sides = next(shape for shape in own if shape)[1:]
+        bound[module] = total if find(method).whole else min(total, *sides)
         alike.setdefault(repr((own, per_module and sorted(per_module(module).items()))), []).append(module)
-    if find(method).whole:
-        return {module: min(bound[module], arguments["rank"] or bound[module]) for module in modules}
     generator = torch.Generator().manual_seed(0)
     stand_ins: list[dict[str, tuple]] = [{} for _ in shapes]
     for first, *_ in alike.values():

@@ -14,6 +14,7 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     dare_ties,
     fedex,
     knots,
+    lego,
     linear,
     lorahub_linear,
     magnitude_prune,
@@ -26,6 +27,8 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     ties,
 )
 from lorakern.merge.driver import merge, merge_modules, module_generator
+from lorakern.merge.lego_map import lego_map
+from lorakern.merge.lego_picture import lego_picture
 from lorakern.merge.options import Densities, Density, Option, PerAdapter, Range, SignMethod
 from lorakern.merge.registry import Method, Term, method, methods, register
 
@@ -38,6 +41,8 @@ __all__ = [
     "Range",
     "SignMethod",
     "Term",
+    "lego_map",
+    "lego_picture",
     "merge",
     "merge_modules",
     "method",

@@ -18,6 +18,7 @@ from lorakern.merge.inputs import Factors, Inputs, check_adapters, shared_config
 from lorakern.merge.options import check_options
 from lorakern.merge.registry import Method, Term, find
 
+Rank = int | float | None
 PerModule = Callable[[str], Mapping[str, Any]]
 Progress = Callable[[int, int, str], None]
 
@@ -27,7 +28,7 @@ def merge(
     method: str = "cat",
     *,
     weights: Sequence[float] | None = None,
-    rank: int | float | None = None,
+    rank: Rank | Mapping[str, Rank] = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     normalize: bool = False,
@@ -41,16 +42,17 @@ def merge(
     """Merge LoRA adapters into one, from the factors alone: ``D = f(w_1, D_1, .., w_N, D_N)``, ``D_i = s_i B_i A_i``.
 
     Every method takes adapters of different ranks, scales (alphas, rsLoRA), dtypes and modules. It works in float32
-    at least and on one module after the other.
+    at least and on one module, or a batch of them, after the other.
 
     Args:
         adapters: `LoraAdapter`s, or any mappings from module path to (A (r, d_in), B (d_out, r), scale).
         method: f, one of `lorakern.merge.methods`: cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune,
-            knots, fedex, peft_linear, peft_ties, peft_dare_linear, peft_dare_ties, peft_magnitude_prune,
+            knots, lego, fedex, peft_linear, peft_ties, peft_dare_linear, peft_dare_ties, peft_magnitude_prune,
             lorahub_linear, or one that was added with `lorakern.merge.method`.
         weights: a number for each adapter, negative ones too; None for 1 each: the sum of the adapters, not the mean.
         rank: the rank of the result at most; a number in (0, 1) for that share of the energy (squared singular values)
-            in methods that know it; None for what the method says.
+            in methods that know it; None for what the method says; or a mapping from module path to one of these,
+            None for modules that it leaves out.
         dtype: of the result; None for the dtype to which a module's factors promote.
         seed: of everything random. A module's random numbers depend on its name and on this alone.
         normalize: divide the weights by their sum.
@@ -101,7 +103,7 @@ def merge_modules(
     method: str = "cat",
     *,
     weights: Sequence[float] | None = None,
-    rank: int | float | None = None,
+    rank: Rank | Mapping[str, Rank] = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
     normalize: bool = False,
@@ -124,25 +126,41 @@ def merge_modules(
     """
     check_adapters(adapters)
     found = find(method)
-    inputs = Inputs(adapters, normalize=normalize, missing=missing, device=device)
     if dtype is not None and dtype not in DTYPES:
         raise LorakernError(f"dtype must be None or one of {', '.join(map(str, DTYPES))}, got {show(dtype)}")
+    inputs = Inputs(adapters, normalize=normalize, missing=missing, device=device)
+    arguments = {"weights": weights, "rank": rank, **options}
+    modules, merged = run_method(found, inputs, adapters, arguments, seed, per_module)
+    return _results(found, inputs, modules, merged, dtype, progress)
+
+
+def run_method(
+    found: Method,
+    inputs: Inputs,
+    adapters: Sequence[Factors],
+    arguments: Mapping[str, Any],
+    seed: int = 0,
+    per_module: PerModule | None = None,
+) -> tuple[list[str], Iterator[tuple[str, Any]]]:
+    """All modules, and what the method makes of each when asked for it; `arguments` are weights, rank and its options.
+
+    Raises `LorakernError` at once for bad arguments.
+    """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise LorakernError(f"seed must be an integer, got {show(seed)}")
-    if per_module is not None and found.whole:
-        raise LorakernError(f"per_module must be None for {method}, which merges all modules at once; leave it out")
-    arguments = {"weights": weights, "rank": rank, **options}
-    check_arguments(found, arguments, len(adapters))
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter))
+    rank = arguments["rank"]
+    if isinstance(rank, Mapping):
+        if unknown := [module for module in rank if module not in modules]:
+            raise LorakernError(f"rank must be of modules that the adapters have, got {show(unknown[0])}")
+        arguments, per_module = {**arguments, "rank": None}, _with_ranks(rank, per_module)
+    check_arguments(found, arguments, len(adapters))
     if not modules:
         raise LorakernError("adapters hold no module; there is nothing to merge")
     for module in modules:
         check_name(module)
-    if found.whole:
-        merged = _whole(found, inputs, modules, arguments, seed)
-    else:
-        merged = _each(found, inputs, modules, arguments, seed, per_module, len(adapters))
-    return _results(found, inputs, modules, merged, dtype, progress)
+    given = partial(_given, found, inputs, arguments, per_module, len(adapters))
+    return modules, (_whole if found.whole else _each)(found, inputs, modules, given, seed)
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:
@@ -156,39 +174,57 @@ def module_generator(seed: int, module: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _each(
+def _with_ranks(ranks: Mapping[str, Rank], per_module: PerModule | None) -> PerModule:
+    """`per_module` with a rank for each module."""
+    return lambda module: {"rank": ranks.get(module), **(per_module(module) if per_module else {})}
+
+
+def _given(
     found: Method,
     inputs: Inputs,
-    modules: list[str],
     arguments: Mapping[str, Any],
-    seed: int,
     per_module: PerModule | None,
     count: int,
+    module: str,
+) -> tuple[Any, Rank, dict[str, Any]]:
+    """The weights, the rank and the options for a module."""
+    options = dict(arguments)
+    if per_module is not None:
+        with _naming(module):
+            options |= per_module(module)
+            check_arguments(found, options, count)
+    for name in options.keys() & found.per_adapter:
+        if isinstance(options[name], list):
+            options[name] = [options[name][i] for i in inputs.holders(module)]
+    return options.pop("weights"), options.pop("rank"), options
+
+
+def _each(
+    found: Method, inputs: Inputs, modules: list[str], given: Callable[[str], tuple], seed: int
 ) -> Iterator[tuple[str, Any]]:
     """What a method that merges one module makes of each."""
     for module in modules:
-        options = dict(arguments)
-        with _naming(module):
-            if per_module is not None:
-                options |= per_module(module)
-                check_arguments(found, options, count)
-            weights, rank = options.pop("weights"), options.pop("rank")
+        weights, rank, options = given(module)
         terms = inputs.terms(module, weights)
-        for name in options.keys() & found.per_adapter:
-            if isinstance(options[name], list):
-                options[name] = [options[name][i] for i in inputs.holders(module)]
         with _naming(module):
             merged = found.function(terms, rank, module_generator(seed, module), **options)
         yield module, merged
 
 
 def _whole(
-    found: Method, inputs: Inputs, modules: list[str], arguments: Mapping[str, Any], seed: int
+    found: Method, inputs: Inputs, modules: list[str], given: Callable[[str], tuple], seed: int
 ) -> Iterator[tuple[str, Any]]:
-    """What a method that merges all modules at once makes of them."""
-    options = dict(arguments)
-    terms = _OnDemand(modules, partial(inputs.terms, weights=options.pop("weights")))
-    yield from found.function(terms, options.pop("rank"), partial(module_generator, seed), **options)
+    """What a method that merges all modules at once makes of them; those of other options are another batch."""
+    weights, ranks, batches = {}, {}, []
+    for module in modules:
+        weights[module], ranks[module], options = given(module)
+        members = next((members for same, members in batches if same == options), None)
+        if members is None:
+            batches.append((options, members := []))
+        members.append(module)
+    for options, members in batches:
+        terms = _OnDemand(members, lambda module: inputs.terms(module, weights[module]))
+        yield from found.function(terms, ranks.__getitem__, partial(module_generator, seed), **options)
 
 
 class _OnDemand(Mapping[str, list[Term]]):

@@ -109,8 +109,8 @@ def method(name: str, *, whole: bool = False) -> Callable[[Callable], Callable]:
 
     The function merges one module: it gets ``(terms, rank, generator)`` and its own options by keyword, and returns
     ``(A, B)`` or ``(A, B, scale)``, the merged update being scale * B @ A. With ``whole=True`` it gets
-    ``(modules, rank, generators)`` instead and yields ``(module, (A, B))`` or ``(module, (A, B, scale))``, every
-    module once, in any order.
+    ``(modules, ranks, generators)`` instead and yields ``(module, (A, B))`` or ``(module, (A, B, scale))``, every
+    module once, in any order; it is called once for all modules that the caller gives the same options.
 
     Args of the function:
         terms: list of `Term`, the adapters that have the module, in the caller's order; never empty. Not to be
@@ -118,7 +118,7 @@ def method(name: str, *, whole: bool = False) -> Callable[[Callable], Callable]:
         rank: what the caller asked for: None, a positive integer, or a share of the energy in (0, 1).
         generator: a `torch.Generator` on the CPU, seeded from (seed, module): other modules do not change it.
         modules: a mapping from module path to terms, which are made when they are looked up.
-        generators: a function from module path to such a generator.
+        ranks, generators: functions from module path to such a rank and such a generator.
 
     Options are keyword-only and annotated, with `typing.Literal` and ``Annotated[float, Range(0, 1)]`` where that says
     more: what a caller gives is checked against the annotations. ``Annotated[list[..], PerAdapter()]`` is a list with a

@@ -4,6 +4,8 @@ from lorakern.ops.bgmv import bgmv, lora_delta, sgmv
 from lorakern.ops.distance import delta_distance, delta_norm
 from lorakern.ops.equivalence import check_concat_sum
 from lorakern.ops.equivalence_report import EquivalenceReport, ModuleCheck
+from lorakern.ops.kmeans import KMeansResult, kmeans
+from lorakern.ops.kmeans_steps import kmeans_assign, kmeans_update
 from lorakern.ops.plan import Plan, plan
 from lorakern.ops.shrink_expand import expand, shrink
 from lorakern.ops.truncate import Truncated, truncate
@@ -11,6 +13,7 @@ from lorakern.ops.warmup import warmup
 
 __all__ = [
     "EquivalenceReport",
+    "KMeansResult",
     "ModuleCheck",
     "Plan",
     "Truncated",
@@ -19,6 +22,9 @@ __all__ = [
     "delta_distance",
     "delta_norm",
     "expand",
+    "kmeans",
+    "kmeans_assign",
+    "kmeans_update",
     "lora_delta",
     "plan",
     "sgmv",
