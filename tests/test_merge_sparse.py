@@ -311,7 +311,7 @@ def test_tiles_are_never_all_there(monkeypatch):
     assert max(shape for _, shape in seen) == (4, 64, 300)
 
 
-PEAK = """
+PEAK = r"""
 import re, torch
 import lorakern as lk
 torch.set_num_threads(1)
