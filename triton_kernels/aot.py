@@ -19,6 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from . import clustering
 from .common import INTERPRET, options
 from .configs import CONFIGS, PLANES, Config
 from .signature import source
@@ -37,6 +38,9 @@ def launches(config):
             "any",
             next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
         )
+        return
+    if config.op in CLUSTERING:
+        yield from clustering.launches(config)
         return
     if config.op in BACKWARD:
         for name, slices, given in (("plain", 1, PLAIN), ("full", 3, FULL)):
@@ -77,6 +81,7 @@ def launches(config):
 
 
 BACKWARD = ("dh", "dx", "outer", "dots", "dscale")
+CLUSTERING = ("points_gram", "nearest", "own", "update", "seed", "lloyd")
 PLAIN = {"ranks": None, "scale": False, "gates": False, "accumulate": False}
 FULL = {"ranks": torch.int32, "scale": True, "gates": True, "accumulate": True}
 
@@ -128,7 +133,7 @@ def tasks(subset=False):
 
 def report(row):
     """One line of the table, and whether the row is a failure."""
-    head = f"{row['op']:8}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
+    head = f"{row['op']:12}{row['variant']:10}{row['dtype']:9} r{row['rank']:<4}sm_{row['arch']:<4}"
     if "error" in row:
         print(f"{head} FAILED  {row['error']}")
         return True
@@ -145,7 +150,7 @@ def main(arguments=None):
     arguments = parser.parse_args(arguments)
     if INTERPRET:
         parser.error("unset TRITON_INTERPRET: under it there is nothing to compile")
-    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':41}  regs spills   shared       ms")
+    print(f"triton {triton.__version__}, torch {torch.__version__}\n{'kernel':45}  regs spills   shared       ms")
     # a fresh cache: what is reported was compiled now
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache

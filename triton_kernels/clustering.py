@@ -129,3 +129,34 @@ def _lloyd(grams, weights, ks, seeds, first_labels, first_sqdist, tolerances, ma
         return [part.index_select(0, b[None])[0] for part, b in zip(whole, best, strict=True)]
 
     return of_best(labels), of_best(members), list(iterations.gather(1, best[:, None])[:, 0])
+
+
+def launches(config):
+    """(name, launch) of every variant of a configuration of the clustering ops, for tensors without memory."""
+
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, k, columns = config.block if config.op in ("seed", "lloyd") else 64, 16, 4096
+    labels, numbers, table = empty(n, dtype=torch.int64), empty(n, dtype=torch.float64), empty(1, 7, dtype=torch.int64)
+    seeds = empty(k, dtype=torch.int64)
+    if config.op == "seed":
+        yield "full", seed_launch(seeds, empty(n, n), numbers, numbers.view(1, n), table, [n])
+        return
+    if config.op == "lloyd":
+        for name, start, first in (("full", seeds, (None, None)), ("plain", None, (labels, numbers))):
+            outputs = labels, labels, seeds, numbers
+            yield name, lloyd_launch(outputs, empty(n, n), numbers, start, first, numbers, table, [n], [k], 1, 300)
+        return
+    means = empty(columns) if config.dtype == torch.float32 else None
+    for name, scales in (("plain", empty(0, 0)), ("full", empty(1, n))):
+        t = tables([empty(n, columns, dtype=config.dtype)], [1], [1], [scales], [k])
+        yield (
+            name,
+            {
+                "points_gram": lambda t=t: gram_launch(t, empty(n, n), means),
+                "nearest": lambda t=t: nearest_launch(t, labels, empty(k, columns), empty(columns), empty(k)),
+                "own": lambda t=t: own_launch(t, empty(n), labels, empty(k, columns)),
+                "update": lambda t=t: update_launch(t, empty(k, columns), numbers, labels, labels, numbers),
+            }[config.op](),
+        )

@@ -83,14 +83,14 @@ CONFIGS = tuple(
         ("dots", (torch.float32,), ((0, 32, 4, 1),)),
         ("dscale", (torch.float32,), ((0, 1024, 4, 1),)),
         # clustering: block_r points or centroids a tile, block columns a step; update has a row of columns at a time
-        ("points_gram", (torch.float16, torch.bfloat16), ((32, 64, 4, 2),)),
-        ("points_gram", (torch.float32,), ((32, 32, 4, 2),)),
+        ("points_gram", (torch.float16, torch.bfloat16), ((32, 32, 4, 2, 255),)),
+        ("points_gram", (torch.float32,), ((32, 16, 4, 2, 255),)),
         ("nearest", (torch.float16, torch.bfloat16, torch.float32), ((32, 32, 4, 2),)),
         ("own", (torch.float16, torch.bfloat16, torch.float32), ((16, 128, 4, 1),)),
         ("update", (torch.float16, torch.bfloat16, torch.float32), ((0, 512, 4, 1),)),
         # on inner products: one program a run, block points at most
-        ("seed", (torch.float32,), ((0, 256, 4, 1), (0, 1024, 4, 1), (0, 4096, 8, 1))),
-        ("lloyd", (torch.float32,), ((0, 256, 4, 1), (0, 1024, 4, 1), (0, 4096, 8, 1))),
+        ("seed", (torch.float32,), ((0, 256, 4, 1, 255), (0, 1024, 4, 1, 255), (0, 2048, 8, 1, 255))),
+        ("lloyd", (torch.float32,), ((0, 256, 4, 1, 255), (0, 1024, 4, 1, 255), (0, 2048, 8, 1, 255))),
         # counting is all registers: 32 pairs against 128 at a time
         ("plan", (torch.int32, torch.int64), ((0, 32, 4, 2),)),
     )

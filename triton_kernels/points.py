@@ -193,8 +193,8 @@ def update_kernel(
     b_mean = b_sum / tl.where(b_total > 0.0, b_total, 1.0)
     p_out = p_centroids + load_problem(p_problems, i_q, 8) + cluster * load_problem(p_problems, i_q, 6) + column
     tl.store(p_out + o_k, b_mean.to(tl.float32), mask=m_k)
-    is_first = (tl.load(p_piece + 3) + column == 0) & (tl.arange(0, 1) == 0)
-    tl.store(p_counts + centroid + tl.arange(0, 1), b_total, mask=is_first)
+    o_one = tl.arange(0, 1)
+    tl.store(p_counts + centroid + o_one, b_total, mask=tl.load(p_piece + 3) + column + o_one == 0)
 
 
 def gram_launch(t, out, means):
