@@ -65,7 +65,7 @@ bench: .venv/built .venv/rivals
 bench-quick: .venv/built .venv/rivals
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern bench --quick
 
-# About half an hour on an otherwise idle machine, most of it in vLLM's own LoRA. SERVING_ARGS=--quick: under four minutes.
+# A quarter of an hour or more on an otherwise idle machine, most of it in vLLM's own LoRA. SERVING_ARGS=--quick: under four minutes.
 # What was run with other arguments goes to build/ and leaves the committed page alone.
 SERVING_PAGE := $(if $(SERVING_ARGS),build/serving,benchmarks/results)
 bench-serving: .venv/installed .venv-vllm/built

@@ -32,20 +32,23 @@ FLIPS = 100
 
 @dataclass(frozen=True)
 class Merge:
-    """Made-up adapters of rank 16, their weighted sum as terms, and their concatenation."""
+    """Made-up adapters of rank 16, and their weighted sum as terms."""
 
     adapters: list[dict]
     terms: dict[str, list]
-    merged: dict[str, tuple]
 
     def layer(self, index: int) -> Merge:
         """The modules of one layer."""
         names = [name for name in self.terms if name.startswith(f"{index}.")]
-        return Merge(
-            [{n: a[n] for n in names} for a in self.adapters],
-            {n: self.terms[n] for n in names},
-            {n: self.merged[n] for n in names},
-        )
+        return Merge([{n: a[n] for n in names} for a in self.adapters], {n: self.terms[n] for n in names})
+
+    def merged(self) -> dict[str, tuple]:
+        """The adapters one below the other, weights and scales in A."""
+        out = {}
+        for name, terms in self.terms.items():
+            A = torch.cat([(scale * a.float()).to(a.dtype) for a, _, scale in terms])
+            out[name] = A, torch.cat([b for _, b, _ in terms], dim=1), 1.0
+        return out
 
     @property
     def bytes(self) -> int:
@@ -59,15 +62,13 @@ def make(dtype: torch.dtype, layers: int) -> Merge:
     def randn(*shape):
         return torch.randn(*shape, generator=generator)
 
-    adapters, terms, merged = [{} for _ in WEIGHTS], {}, {}
+    adapters, terms = [{} for _ in WEIGHTS], {}
     for name, (d_out, d_in) in ((f"{i}.{j}", s) for i in range(layers) for j, s in enumerate(LAYER)):
         for adapter in adapters:
             A, B = (randn(RANK, d_in) / d_in**0.5).to(dtype), (randn(d_out, RANK) / RANK**0.5).to(dtype)
             adapter[name] = A, B, 2.0
         terms[name] = [(a[name][0], a[name][1], w * 2.0) for w, a in zip(WEIGHTS, adapters, strict=True)]
-        A = torch.cat([(scale * a.float()).to(dtype) for a, _, scale in terms[name]])
-        merged[name] = A, torch.cat([b for _, b, _ in terms[name]], dim=1), 1.0
-    return Merge(adapters, terms, merged)
+    return Merge(adapters, terms)
 
 
 def dense_sum(terms: list) -> torch.Tensor:
@@ -78,17 +79,17 @@ def dense_sum(terms: list) -> torch.Tensor:
     return out
 
 
-def dense_check(layer: Merge) -> None:
+def dense_check(layer: Merge, merged: dict) -> None:
     """What the check does, on updates that are formed."""
     for name, terms in layer.terms.items():
         wanted = dense_sum(terms)
-        wanted.norm(), wanted.sub_(dense_sum([layer.merged[name]])).norm()
+        wanted.norm(), wanted.sub_(dense_sum([merged[name]])).norm()
 
 
-def dense_forming(layer: Merge) -> None:
+def dense_forming(layer: Merge, merged: dict) -> None:
     """The two updates alone."""
     for name, terms in layer.terms.items():
-        dense_sum(terms), dense_sum([layer.merged[name]])
+        dense_sum(terms), dense_sum([merged[name]])
 
 
 def once(function: Callable[[], object]) -> float:
@@ -128,17 +129,19 @@ def truncation(merge: Merge) -> dict:
     return {"case": "truncate", "modules": len(merge.terms), **timed["ours"], "floor": floor, "peak_gb": memory}
 
 
-def checking(merge: Merge) -> dict:
+def checking(merge: Merge, merged: dict) -> dict:
     """The check of the concatenation of all adapters, and what it does instead; the floor is to read both twice."""
 
     def check():
-        return lk.check_concat_sum(merge.adapters, merge.merged, weights=WEIGHTS)
+        return lk.check_concat_sum(merge.adapters, merged, weights=WEIGHTS)
 
     memory, probe, report = peak_of(check), ReadProbe("cpu"), check()
     _refuse_if(not report.passed, "check_concat_sum")
     layer, layers = merge.layer(0), len(merge.terms) // len(LAYER)
     timed = in_turns({"ours": check, "read": probe}, OURS)
-    rivals = in_turns({"all": lambda: dense_check(layer), "forming": lambda: dense_forming(layer)}, DENSE)
+    rivals = in_turns(
+        {"all": lambda: dense_check(layer, merged), "forming": lambda: dense_forming(layer, merged)}, DENSE
+    )
     floor = 4 * merge.bytes / (probe.bytes / timed["read"]["seconds"])
     return {
         "case": "check_concat_sum",
@@ -187,10 +190,10 @@ def one_module(merge: Merge, quick: bool) -> dict:
     return {"case": f"truncate {size}", **timed, "values": values, "update": update, "dense_seconds": dense}
 
 
-def flips(merge: Merge) -> dict:
+def flips(merge: Merge, merged: dict) -> dict:
     """How many of the flips of one random bit in the exponent of one random weight are found."""
     name, generator = next(iter(merge.terms)), torch.Generator().manual_seed(1)
-    adapters, (A, B, scale) = [{name: a[name]} for a in merge.adapters], merge.merged[name]
+    adapters, (A, B, scale) = [{name: a[name]} for a in merge.adapters], merged[name]
     narrow = A.dtype.itemsize == 2
     found = 0
     for trial in range(FLIPS):
@@ -206,9 +209,10 @@ def measure(dtype: torch.dtype, quick: bool) -> Iterator[dict]:
     """One record after the other."""
     merge = make(dtype, 2 if quick else LAYERS)
     yield truncation(merge)
-    yield checking(merge)
     yield distances(merge)
-    yield flips(merge)
+    merged = merge.merged()
+    yield checking(merge, merged)
+    yield flips(merge, merged)
     yield one_module(merge, quick)
 
 

@@ -139,10 +139,14 @@ std::vector<Rows> rows_of(const std::vector<RowSet>& sets, const std::vector<Row
   return out;
 }
 
+RowSet set_of(const SetTuple& given) {
+  const auto& [data, dtype, count, row_stride, column_stride] = given;
+  return {pointer<const void>(data), static_cast<Dtype>(dtype), count, row_stride, column_stride};
+}
+
 std::vector<RowSet> sets_of(const std::vector<SetTuple>& given) {
   std::vector<RowSet> sets;
-  for (const auto& [data, dtype, count, row_stride, column_stride] : given)
-    sets.push_back({pointer<const void>(data), static_cast<Dtype>(dtype), count, row_stride, column_stride});
+  for (const SetTuple& set : given) sets.push_back(set_of(set));
   return sets;
 }
 
@@ -179,6 +183,18 @@ void lines(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& siz
   }
   py::gil_scoped_release release;
   cpu::lines(problems, threads);
+}
+
+void combine(const std::vector<SetTuple>& given, const std::vector<RowsTuple>& sizes,
+             const std::vector<uintptr_t>& factors, const std::vector<SetTuple>& out, int threads) {
+  const std::vector<RowSet> sets = sets_of(given);
+  std::vector<CombineProblem> problems;
+  for (const Rows& x : rows_of(sets, sizes)) {
+    const size_t i = problems.size();
+    problems.push_back({x, pointer<const double>(factors.at(i)), set_of(out.at(i))});
+  }
+  py::gil_scoped_release release;
+  cpu::combine(problems, threads);
 }
 
 // The points of every problem: it has the next of the parts, and each part the next of the sets.
@@ -295,6 +311,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gram", &gram);
   m.def("sketch", &sketch);
   m.def("lines", &lines);
+  m.def("combine", &combine);
   m.def("points_gram", &points_gram);
   m.def("kmeans_assign", &assign);
   m.def("kmeans_update", &update);

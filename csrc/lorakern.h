@@ -70,7 +70,13 @@ struct GramProblem {  // out = X X^T in float64
   double* out;  // (rows, rows)
 };
 
-constexpr int kProbes = 16;
+struct CombineProblem {  // Y = M X, summed in float64 and rounded once to the dtype of Y
+  Rows x;
+  const double* factors;  // M (y.rows, x.rows)
+  RowSet y;               // its data is written
+};
+
+constexpr int kProbes = 8;
 
 struct SketchProblem {  // products = X probes^T and norms[r] = ||X_r||^2, in float64
   Rows x;

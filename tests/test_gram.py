@@ -8,7 +8,7 @@ from problems import error_ratio
 
 import lorakern as lk
 from lorakern.backends import cpu
-from lorakern.ops.gram import PROBES, Lines, gram, lines, sketch
+from lorakern.ops.gram import PROBES, Lines, combine, gram, lines, sketch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 COLUMNS = [1, 5, 63, 128, 1000, 2051]
@@ -68,6 +68,22 @@ def test_all_match_the_reference(isa, dtype, columns):
     assert all(torch.equal(g, g.T) for g in grams)
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_combine_matches_the_reference_and_writes_nothing_else(isa, dtype, columns):
+    problems = [rows_of(columns, dtype), rows_of(columns, torch.float32)[1:3], rows_of(columns, dtype)[:1]]
+    factors = [numbers(n, sum(r.shape[0] for r in x)) for n, x in zip((33, 1, 16), problems, strict=True)]
+    wide = [torch.full((40, columns + 9), math.nan, dtype=dtype), torch.full((columns + 9, 40), math.nan, dtype=dtype)]
+    out = [wide[0][2:35, 5:-4], wide[1][5:-4, 2:3].T, torch.empty(16, columns, dtype=torch.float64)]
+    combine(out, problems, factors)
+    wanted = [torch.empty(y.shape, dtype=torch.float64) for y in out]
+    with lk.use_backend("reference"):
+        combine(wanted, problems, factors)
+    for y, exact in zip(out, wanted, strict=True):
+        assert error_ratio(y, exact) < max(torch.finfo(y.dtype).eps / 2, 1e-14)
+    assert [int(w.isnan().sum()) for w in wide] == [w.numel() - y.numel() for w, y in zip(wide, out, strict=False)]
+
+
 def test_what_lies_around_the_rows_is_not_read(isa):
     for dtype in DTYPES:
         wide = torch.full((70, 300), math.nan).to(dtype)
@@ -84,11 +100,17 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(isa):
     try:
         torch.set_num_threads(3)
         together = gram(problems), sketch(problems, probes)
+        factors = [numbers(7, sum(r.shape[0] for r in problem)) for problem in problems]
+        combined = [torch.empty(7, problem[0].shape[1]) for problem in problems]
+        combine(combined, problems, factors)
         torch.set_num_threads(1)
         for i, problem in enumerate(problems):
             assert torch.equal(gram([problem])[0], together[0][i])
             for alone, beside in zip(sketch([problem], probes[i : i + 1])[0], together[1][i], strict=True):
                 assert torch.equal(alone, beside)
+            y = torch.empty_like(combined[i])
+            combine([y], [problem], factors[i : i + 1])
+            assert torch.equal(y, combined[i])
     finally:
         torch.set_num_threads(before)
 
@@ -138,6 +160,9 @@ def test_opcheck():
     flat, sizes = [rows for problem in problems for rows in problem], [len(problem) for problem in problems]
     torch.library.opcheck(torch.ops.lorakern.gram.default, (flat, sizes))
     torch.library.opcheck(torch.ops.lorakern.sketch.default, (flat, sizes, probes))
+    combined = [torch.empty(2, 40) for _ in problems]
+    factors = [numbers(2, sum(r.shape[0] for r in problem)) for problem in problems]
+    torch.library.opcheck(torch.ops.lorakern.combine_.default, (combined, flat, sizes, factors))
     _, *arguments = map(list, zip(*of_lines, strict=True))
     rows = [r for problem in of_lines for r in problem.rows]
     torch.library.opcheck(torch.ops.lorakern.lines.default, (rows, [len(of_lines[0].rows), 2], *arguments))

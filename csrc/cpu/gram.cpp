@@ -16,6 +16,12 @@ using Unit = int64_t (*)(int64_t width);  // doubles that a unit writes
 
 int64_t stretches_of(const Rows& x) { return (x.columns + kStretch - 1) / kStretch; }
 
+template <typename Problem>
+int64_t results_of(const Problem&) {
+  return 0;
+}
+inline int64_t results_of(const CombineProblem& problem) { return problem.y.rows; }
+
 // Run `unit` on every stretch of every problem, and then finish(problem, results of its stretches, doubles of each).
 template <typename Problem, typename Finish>
 void by_stretches(const std::vector<Problem>& problems, int threads, Unit doubles_of,
@@ -44,7 +50,8 @@ void by_stretches(const std::vector<Problem>& problems, int threads, Unit double
     const int some = work < kLeastParallelWork ? 1 : threads;
     parallel_for(some, static_cast<int64_t>(units.size()), [&](int64_t i) {
       static thread_local Scratch<double> scratch;
-      unit(units[i], scratch.get(variant.packed_scratch(units[i].problem->x.rows)));
+      const Problem& problem = *units[i].problem;
+      unit(units[i], scratch.get(variant.packed_scratch(problem.x.rows, results_of(problem))));
     });
     parallel_for(some, last - first, [&](int64_t i) {
       const Problem& problem = problems[first + i];
@@ -75,11 +82,10 @@ void gram(const std::vector<GramProblem>& problems, int threads) {
 void sketch(const std::vector<SketchProblem>& problems, int threads) {
   const Variant& variant = variant_for(Dtype::kFloat32);
   const auto finish = [&](const SketchProblem& p, const double* results, int64_t step) {
-    const double* norms = results + variant.packed_width(p.x.rows) * kProbes;
+    const int64_t width = variant.packed_width(p.x.rows);
     for (int64_t r = 0; r < p.x.rows; ++r) {
       double* out = p.out + r * (kProbes + 1);
-      for (int j = 0; j < kProbes; ++j) out[j] = add_up(results + r * kProbes + j, stretches_of(p.x), step);
-      out[kProbes] = add_up(norms + r, stretches_of(p.x), step);
+      for (int j = 0; j <= kProbes; ++j) out[j] = add_up(results + j * width + r, stretches_of(p.x), step);
     }
   };
   const Unit doubles = [](int64_t width) { return width * (kProbes + 1); };
@@ -99,6 +105,12 @@ void lines(const std::vector<LinesProblem>& problems, int threads) {
     }
   };
   by_stretches(problems, threads, [](int64_t) -> int64_t { return kLineNumbers; }, variant.lines, variant, finish);
+}
+
+void combine(const std::vector<CombineProblem>& problems, int threads) {
+  const Variant& variant = variant_for(Dtype::kFloat32);
+  const auto finish = [](const CombineProblem&, const double*, int64_t) {};
+  by_stretches(problems, threads, [](int64_t) -> int64_t { return 0; }, variant.combine, variant, finish);
 }
 
 }  // namespace lorakern::cpu

@@ -13,5 +13,6 @@ namespace lorakern::cpu {
 void gram(const std::vector<GramProblem>& problems, int threads);
 void sketch(const std::vector<SketchProblem>& problems, int threads);
 void lines(const std::vector<LinesProblem>& problems, int threads);
+void combine(const std::vector<CombineProblem>& problems, int threads);
 
 }  // namespace lorakern::cpu

@@ -21,9 +21,10 @@ inline int64_t packed_width(int64_t rows) { return (rows + kWidth - 1) / kWidth 
 // A packed column is longer than the rows: whole vectors are stored wherever a set ends.
 inline int64_t packed_stride(int64_t rows) { return packed_width(rows) + kWidth; }
 
-// The packed columns, and what `lines` keeps: factors, and its sums for kWideRows columns.
-inline int64_t packed_scratch(int64_t rows) {
-  return packed_stride(rows) * (kPackedColumns + 1) + kWideRows * lorakern::kProbes;
+// The packed columns, what `lines` and `combine` multiply them by, and their sums for kWideRows columns.
+inline int64_t packed_scratch(int64_t rows, int64_t results) {
+  const int64_t factors = std::max(packed_stride(rows), rows * packed_width(results));
+  return packed_stride(rows) * kPackedColumns + factors + kWideRows * std::max(lorakern::kProbes, kWidth);
 }
 
 inline double to_double(double value) { return value; }
@@ -107,24 +108,26 @@ struct Operand {
   int64_t row, depth;  // strides
 };
 
-// out[i][j] += sum over `depth` of left[i] * right[j], for kWideRows rows i and kWidth neighbours j.
+// out[i][j] += sum over `depth` of left[i] * right[j], for kWideRows rows i and kVecs vectors of neighbours j.
+template <int kVecs>
 ALWAYS_INLINE void wide_tile(Operand left, Operand right, int64_t depth, double* out, int64_t out_stride) {
   constexpr int kHalf = kWidth / 2;
-  Wide sums[kWideRows][2];
-  for (auto& row : sums) row[0] = row[1] = wide_zero();
+  Wide sums[kWideRows][kVecs];
+  for (auto& row : sums)
+    for (Wide& sum : row) sum = wide_zero();
   for (int64_t k = 0; k < depth; ++k, left.data += left.depth, right.data += right.depth) {
-    const Wide low = wide_load(right.data), high = wide_load(right.data + kHalf);
+    Wide values[kVecs];
+    for (int v = 0; v < kVecs; ++v) values[v] = wide_load(right.data + v * kHalf);
 #pragma GCC unroll 8
     for (int i = 0; i < kWideRows; ++i) {
       const Wide factor = wide_set(left.data[i * left.row]);
-      sums[i][0] = wide_fma(factor, low, sums[i][0]);
-      sums[i][1] = wide_fma(factor, high, sums[i][1]);
+      for (int v = 0; v < kVecs; ++v) sums[i][v] = wide_fma(factor, values[v], sums[i][v]);
     }
   }
   for (int i = 0; i < kWideRows; ++i)
-    for (int h = 0; h < 2; ++h) {
-      double* to = out + i * out_stride + h * kHalf;
-      wide_store(to, wide_add(wide_load(to), sums[i][h]));
+    for (int v = 0; v < kVecs; ++v) {
+      double* to = out + i * out_stride + v * kHalf;
+      wide_store(to, wide_add(wide_load(to), sums[i][v]));
     }
 }
 
@@ -138,7 +141,7 @@ inline void gram(const ColumnUnit<lorakern::GramProblem>& u, double* packed) {
     pack(x, begin, depth, packed, stride);
     for (int64_t j = 0; j < width; j += kWidth)
       for (int64_t i = 0; i < j + kWidth; i += kWideRows)
-        wide_tile({packed + i, 1, stride}, {packed + j, 0, stride}, depth, u.out + i * width + j, width);
+        wide_tile<2>({packed + i, 1, stride}, {packed + j, 0, stride}, depth, u.out + i * width + j, width);
   }
 }
 
@@ -152,9 +155,9 @@ inline void sketch(const ColumnUnit<lorakern::SketchProblem>& u, double* packed)
     const int64_t depth = std::min(u.end - begin, kPackedColumns);
     const double* probes = u.problem->probes + begin * kProbes;
     pack(x, begin, depth, packed, stride);
-    for (int64_t i = 0; i < width; i += kWideRows)
-      for (int j = 0; j < kProbes; j += kWidth)
-        wide_tile({packed + i, 1, stride}, {probes + j, 0, kProbes}, depth, u.out + i * kProbes + j, kProbes);
+    for (int64_t r = 0; r < width; r += kWidth)
+      for (int i = 0; i < kProbes; i += kWideRows)
+        wide_tile<2>({probes + i, 1, kProbes}, {packed + r, 0, stride}, depth, u.out + i * width + r, width);
     for (int64_t r = 0; r < width; r += kWidth / 2) {
       Wide sum = wide_load(norms + r);
       for (int64_t k = 0; k < depth; ++k) {
@@ -223,9 +226,10 @@ inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
       const double* columns = packed + k * stride;
       const int live = static_cast<int>(std::min<int64_t>(depth - k, kWideRows));
       const auto add = [&](int64_t from, int64_t count) {
-        for (int j = 0; j < kProbes; j += kWidth)
-          wide_tile({columns + from, stride, 1}, {p.products + from * kProbes + j, 0, kProbes}, count, sums + j,
-                    kProbes);
+        constexpr int kVecs = std::min(2 * kProbes / kWidth, 2), kStep = kVecs * kWidth / 2;
+        for (int j = 0; j < kProbes; j += kStep)
+          wide_tile<kVecs>({columns + from, stride, 1}, {p.products + from * kProbes + j, 0, kProbes}, count, sums + j,
+                           kProbes);
       };
       std::fill(sums, sums + kWideRows * kProbes, 0.0);
       add(0, p.first);
@@ -243,6 +247,49 @@ inline void lines(const ColumnUnit<lorakern::LinesProblem>& u, double* packed) {
   }
   const double out[lorakern::kLineNumbers] = {whole, part / kProbes, worst, index, static_cast<double>(off), where};
   std::copy(out, out + lorakern::kLineNumbers, u.out);
+}
+
+inline void from_double(double value, double* out) { *out = value; }
+template <typename T>
+void from_double(double value, T* out) {
+  from_float(static_cast<float>(value), out);
+}
+
+template <typename T>
+void combine_into(const ColumnUnit<lorakern::CombineProblem>& u, double* packed) {
+  const lorakern::CombineProblem& p = *u.problem;
+  const int64_t rows = p.x.rows, stride = packed_stride(rows), width = packed_width(p.y.rows);
+  double *factors = packed + kPackedColumns * stride, *sums = factors + rows * width;
+  T* y = static_cast<T*>(const_cast<void*>(p.y.data));
+  std::fill(packed, sums, 0.0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < p.y.rows; ++j) factors[r * width + j] = p.factors[j * rows + r];
+  for (int64_t begin = u.begin; begin < u.end; begin += kPackedColumns) {
+    const int64_t depth = std::min(u.end - begin, kPackedColumns);
+    pack(p.x, begin, depth, packed, stride);
+    for (int64_t k = 0; k < depth; k += kWideRows)
+      for (int64_t j = 0; j < p.y.rows; j += kWidth) {
+        std::fill(sums, sums + kWideRows * kWidth, 0.0);
+        wide_tile<2>({packed + k * stride, stride, 1}, {factors + j, 0, width}, rows, sums, kWidth);
+        const int64_t columns = std::min<int64_t>(depth - k, kWideRows), live = std::min<int64_t>(p.y.rows - j, kWidth);
+        for (int64_t i = 0; i < columns; ++i)
+          for (int64_t n = 0; n < live; ++n)
+            from_double(sums[i * kWidth + n], y + (j + n) * p.y.row_stride + (begin + k + i) * p.y.column_stride);
+      }
+  }
+}
+
+inline void combine(const ColumnUnit<lorakern::CombineProblem>& u, double* packed) {
+  switch (u.problem->y.dtype) {
+    case Dtype::kFloat32:
+      return combine_into<float>(u, packed);
+    case Dtype::kFloat16:
+      return combine_into<f16>(u, packed);
+    case Dtype::kBFloat16:
+      return combine_into<bf16>(u, packed);
+    case Dtype::kFloat64:
+      return combine_into<double>(u, packed);
+  }
 }
 
 }  // namespace

@@ -126,8 +126,7 @@ inline TokenRows token_rows(const LoraParams& p, const int32_t* pairs, int64_t c
                             int64_t depth, bf16* copy) {
   const bf16* x = static_cast<const bf16*>(p.x) + begin;
   const bool in_a_row = p.num_choices == 1 && pairs[count - 1] - pairs[0] == count - 1;
-  if (kInPlace && in_a_row && rows == count && depth % kStep == 0)
-    return {x + pairs[0] * p.x_stride, p.x_stride};
+  if (kInPlace && in_a_row && rows == count && depth % kStep == 0) return {x + pairs[0] * p.x_stride, p.x_stride};
   const int64_t width = steps_of(depth) * kStep;
   for (int64_t i = 0; i < rows; ++i) {
     const bf16* from = i < count ? x + token_of(p, pairs[i]) * p.x_stride : nullptr;

@@ -155,6 +155,7 @@ constexpr lorakern::Variant variant(const char* name) {
           gram,
           sketch,
           lines,
+          combine,
           points_stride,
           points_scratch,
           points_gram,

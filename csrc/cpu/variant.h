@@ -57,7 +57,8 @@ struct OuterJob {
 };
 
 // Units over some columns of a problem. They write, in doubles: (width, width) of a Gram matrix, of which only what is
-// on or right of the diagonal means anything; (width, kProbes) products and (width) norms; the numbers of lines.
+// on or right of the diagonal means anything; (kProbes, width) products and (width) norms; the numbers of lines. Those
+// of a combination write their part of Y.
 template <typename Problem>
 struct ColumnUnit {
   const Problem* problem;
@@ -122,10 +123,11 @@ struct Variant {
   int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
   void (*outer)(const OuterJob&, int64_t slot, int64_t column_begin, int64_t column_end, float* scratch);
   int64_t (*packed_width)(int64_t rows);
-  int64_t (*packed_scratch)(int64_t rows);  // doubles, of each of the following
+  int64_t (*packed_scratch)(int64_t rows, int64_t results);  // doubles; results are the rows of Y of a combination
   void (*gram)(const ColumnUnit<GramProblem>&, double* scratch);
   void (*sketch)(const ColumnUnit<SketchProblem>&, double* scratch);
   void (*lines)(const ColumnUnit<LinesProblem>&, double* scratch);
+  void (*combine)(const ColumnUnit<CombineProblem>&, double* scratch);
   int64_t (*points_stride)(int64_t count);
   int64_t (*points_scratch)(int64_t count);  // floats
   void (*points_gram)(const PointsUnit&, float* scratch);

@@ -1,8 +1,8 @@
 """The backends, and the one place that picks among them.
 
-Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines`` and the
-``CLUSTERING`` ops, the functions that it implements; where it cannot take every layer also refuses(op, layer), the
-reason why it leaves one to others.
+Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines combine``
+and the ``CLUSTERING`` ops, the functions that it implements; where it cannot take every layer also refuses(op, layer),
+the reason why it leaves one to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 
@@ -24,7 +24,8 @@ CLUSTERING = ("points_gram", "kmeans_assign", "kmeans_distances", "kmeans_update
 # What serves each op by default, best first.
 _ORDER = {
     "cpu": {
-        op: (cpu,) for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", *CLUSTERING)
+        op: (cpu,)
+        for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", "combine", *CLUSTERING)
     },
     "cuda": {
         "plan": (cuda, triton),
@@ -37,6 +38,7 @@ _ORDER = {
         "gram": (reference,),
         "sketch": (reference,),
         "lines": (reference,),
+        "combine": (reference,),
     },
 }
 

@@ -20,7 +20,7 @@ except ImportError as error:
 
 NAME = "cpu"
 VALIDATES = True  # index and rank values, and that y shares no memory with an input
-PROBES = 16  # columns of what `sketch` and `lines` multiply by
+PROBES = 8  # columns of what `sketch` and `lines` multiply by
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -77,14 +77,17 @@ def _write(y, columns, y_offset, run):
         target.copy_(copy)
 
 
+def _sets(matrices):
+    types = _DTYPES | {torch.float64: 3}
+    for matrix in matrices:
+        if matrix.device.type != "cpu":
+            raise LorakernError(f"the cpu backend takes tensors on the CPU; got one on {matrix.device}")
+    return [(m.data_ptr(), types[m.dtype], m.shape[0], *m.stride()) for m in matrices]
+
+
 def _row_sets(rows, sizes):
     """(address, dtype, rows and strides of each matrix; matrices and columns of each problem; its rows)."""
-    types = _DTYPES | {torch.float64: 3}
-    for tensor in rows:
-        if tensor.device.type != "cpu":
-            raise LorakernError(f"the cpu backend takes tensors on the CPU; got one on {tensor.device}")
-    firsts = [0, *accumulate(sizes)]
-    sets = [(t.data_ptr(), types[t.dtype], t.shape[0], *t.stride()) for t in rows]
+    firsts, sets = [0, *accumulate(sizes)], _sets(rows)
     counts = [sum(s[2] for s in sets[first:last]) for first, last in pairwise(firsts)]
     return sets, [(size, rows[first].shape[1]) for size, first in zip(sizes, firsts, strict=False)], counts
 
@@ -111,6 +114,11 @@ def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
     arguments = list(zip(products, firsts, factors, allowed, ratios, steps, strict=True))
     _call(_cpu.lines, sets, problems, arguments, out.data_ptr())
     return out
+
+
+def combine(out, rows, sizes, factors):
+    sets, problems, _ = _row_sets(rows, sizes)
+    _call(_cpu.combine, sets, problems, [f.data_ptr() for f in factors], _sets(out))
 
 
 def _points(rows, blocks, parts, scales):

@@ -76,6 +76,12 @@ def lines(rows, sizes, products, firsts, factors, allowed, ratios, steps):
     return torch.stack(out)
 
 
+def combine(out, rows, sizes, factors):
+    """M X of each problem, M (n, R), into out (n, columns)."""
+    for y, x, m in zip(out, _stacked(rows, sizes), factors, strict=True):
+        y.copy_(m @ x)
+
+
 def plan(indices, num_slots):
     """Group pairs by slot: ``order`` (T*K,) and ``starts`` (num_slots + 1,), both int32."""
     slots = indices.reshape(-1).long()

@@ -9,9 +9,9 @@ import torch
 from lorakern.ops._terms import LowRankSum, norm, norm_by_qr, squared_norm, unusable
 from lorakern.ops.gram import PROBES, Lines, LinesFound, gram, lines, sketch
 
-# How many times u of its root mean square an error may have. Rounding to nearest makes that 0.6; estimated from 16
-# vectors, the worst of a million lines has 1.9 times its own.
-SLACK, LINE_SLACK = 4, 3
+# How many times u of its root mean square an error may have. Rounding to nearest makes that 0.6; estimated from 8
+# vectors, the worst of a million lines has 2.4 times its own.
+SLACK = 4
 _ALIKE = 0.1  # rows whose products with signs differ by less are multiples of each other, but for single elements
 _RESOLVED = 1e-14  # of the magnitude of the terms, by sums in float64
 
@@ -56,24 +56,23 @@ class Random:
     def __init__(self, seed: int):
         self.seed, self.made = seed, {}
 
-    def _make(self, rows, columns, device, change):
-        key = rows, columns, change
+    def _made(self, kind, device, *shape):
+        key = kind, device, *shape
         if key not in self.made:
-            generator = torch.Generator().manual_seed(self.seed)
-            self.made[key] = change(torch.randn(rows, columns, generator=generator)).to(device)
+            generator = torch.Generator().manual_seed(self.seed + kind)
+            self.made[key] = torch.randn(*shape, generator=generator).to(device)
         return self.made[key]
 
-    def signs(self, rows, columns, device):
-        """float64, +1 and -1."""
-        return self._make(rows, columns, device, _signs)
+    def signs(self, side, columns, device):
+        """(columns, PROBES) float64 of +1 and -1, others for each of two sides."""
+        key = "signs", side, columns, device
+        if key not in self.made:
+            self.made[key] = torch.where(self._made(side, device, columns, PROBES) < 0, -1.0, 1.0).double()
+        return self.made[key]
 
     def normal(self, rows, columns, device):
-        """float32, of the standard normal distribution."""
-        return self._make(rows, columns, device, torch.Tensor.float)
-
-
-def _signs(x):
-    return torch.where(x < 0, -1.0, 1.0).double()
+        """(rows, columns) float32 of the standard normal distribution."""
+        return self._made(2, device, rows, columns)
 
 
 class Estimate(NamedTuple):
@@ -92,7 +91,7 @@ class Estimate(NamedTuple):
 def estimates(modules: Sequence[Module], random: Random) -> Iterator[tuple[Module, Estimate]]:
     """Each module with its `Estimate`: one pass over all factors for the products with signs, one for the lines."""
     sides = [side for module in modules for side in module.sides]
-    signs = [random.signs(side[0].shape[1], PROBES, side[0].device) for side in sides]
+    signs = [random.signs(i % 2, side[0].shape[1], side[0].device) for i, side in enumerate(sides)]
     sketches = sketch(sides, signs)
     found, problems = [], []
     for module, of_a, of_b in zip(modules, sketches[::2], sketches[1::2], strict=True):
@@ -129,7 +128,7 @@ def _lines(module: Module, estimate: Estimate, by_a, a, by_b, b) -> list[Lines]:
     `by_a` and `by_b` are the factors' products with signs, `a` and `b` their squared norms.
     """
     s, first, (unit, step) = module.difference, module.first, module.units
-    weights, share = s.weights()[:, None], (LINE_SLACK * s.scales[-1]) ** 2
+    weights, share = s.weights()[:, None], (SLACK * s.scales[-1]) ** 2
     problems = []
     # What a factor is multiplied by comes from the other one.
     of_sides = zip(module.sides, (by_b, by_a), (b, a), (s.d_out, s.d_in), _ratios(module, by_a, by_b), strict=True)

@@ -13,7 +13,7 @@ from lorakern.ops.gram import gram
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 UNIT = 2.0**-53  # the unit roundoff of float64
-_GRAM_DOUBLES = 1 << 23  # of Gram matrices kept at a time, unless one module has more
+_BATCH = 32  # modules whose Gram matrices are kept at a time
 
 
 class LowRankSum(NamedTuple):
@@ -104,14 +104,19 @@ def not_finite(tensor: torch.Tensor) -> str | None:
     return f"has {bad} {'value that is' if bad == 1 else 'values that are'} NaN or infinite" if bad else None
 
 
-def grams(op: str, sums: Sequence[LowRankSum]) -> Iterator[tuple[LowRankSum, torch.Tensor, torch.Tensor]]:
-    """(sum, A A^T, B^T B) of every sum, A and B its concatenated factors; raises where a factor is not finite."""
+def grams(op: str, sums: Sequence[LowRankSum]) -> Iterator[list[tuple[LowRankSum, torch.Tensor, torch.Tensor]]]:
+    """(sum, A A^T, B^T B) of the sums, A and B their concatenated factors, some sums at a time.
+
+    Raises `LorakernError` where a factor is not finite.
+    """
     check_one_device(op, sums)
-    for batch in _batches(sums):
+    for first in range(0, len(sums), _BATCH):
+        batch = sums[first : first + _BATCH]
         flat = gram([matrices for s in batch for matrices in (s.A, [b.T for b in s.B])])
-        for s, gram_a, gram_b in zip(batch, flat[::2], flat[1::2], strict=True):
+        found = list(zip(batch, flat[::2], flat[1::2], strict=True))
+        for s, gram_a, gram_b in found:
             check_finite(op, s, gram_a, gram_b)
-            yield s, gram_a, gram_b
+        yield found
 
 
 def check_one_device(op: str, sums: Sequence[LowRankSum]) -> None:
@@ -120,20 +125,6 @@ def check_one_device(op: str, sums: Sequence[LowRankSum]) -> None:
         if s.A[0].device != sums[0].A[0].device:
             got = f"{s.A[0].device} for module {s.name!r}"
             check.fail(op, "the modules", f"all be on one device ({sums[0].A[0].device})", got)
-
-
-def _batches(sums: Sequence[LowRankSum]) -> Iterator[list[LowRankSum]]:
-    """The sums, some at a time, so that their Gram matrices stay small."""
-    batch, doubles = [], 0
-    for s in sums:
-        size = 2 * s.rank**2
-        if batch and doubles + size > _GRAM_DOUBLES:
-            yield batch
-            batch, doubles = [], 0
-        batch.append(s)
-        doubles += size
-    if batch:
-        yield batch
 
 
 def unusable(s: LowRankSum, a: torch.Tensor, b: torch.Tensor, labels: Sequence[str]) -> str | None:

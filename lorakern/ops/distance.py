@@ -53,7 +53,7 @@ def delta_norm(
 
 
 def _norms(op: str, sums: Sequence[LowRankSum]) -> list[float]:
-    return [norm(s, gram_a, gram_b) for s, gram_a, gram_b in grams(op, sums)]
+    return [norm(*one) for batch in grams(op, sums) for one in batch]
 
 
 def delta_distance(left: Any, right: Any) -> float | dict[str, float]:
@@ -106,7 +106,8 @@ def _distances(op: str, pairs: Sequence[tuple[LowRankSum, LowRankSum]]) -> list[
         terms += [(a, b, -scale) for a, b, scale in zip(right.A, right.B, right.scales, strict=True)]
         differences.append(collect(op, "left and right", terms, left.name))
     out = []
-    for (left, right), (difference, gram_a, gram_b) in zip(pairs, grams(op, differences), strict=True):
+    measured = (one for batch in grams(op, differences) for one in batch)
+    for (left, right), (difference, gram_a, gram_b) in zip(pairs, measured, strict=True):
         first = left.rank
         apart, size = norm(difference, gram_a, gram_b), norm(right, gram_a[first:, first:], gram_b[first:, first:])
         out.append(apart / size if size else 0.0 if apart == 0 else float("inf"))

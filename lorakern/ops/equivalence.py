@@ -17,7 +17,7 @@ _OP = "check_concat_sum"
 _TOKENS = 8  # of a probe
 _BATCH = 256  # modules at a time
 # Estimates below this share of what is allowed are not computed exactly: that they are four times too small has a
-# chance below 1e-9.
+# chance below 1e-7.
 _CLOSE = 0.25
 # Away from the seeds that random factors may come from: signs that are those of a factor would not be random to it.
 _STREAM = 0x10CA_5EED
@@ -36,13 +36,13 @@ def check_concat_sum(
 
     Nothing dense is formed. One pass over A multiplies it by random signs, one over B applies that to these products,
     and two more do the same from the other side, all in float64: the error of every row and column of the update
-    follows from 16 random vectors, and that of the whole from all of them. Rows and columns are judged by themselves,
+    follows from 8 random vectors, and that of the whole from all of them. Rows and columns are judged by themselves,
     because a single changed weight shows there even where it drowns in the rounding of the whole. Where the error of
     the whole comes near what is allowed, it is computed exactly, from Gram matrices in float64 or, where these do not
     resolve it, from QR.
 
     What is allowed, for merged factors that are right but for rounding to their dtype of unit roundoff u, is
-    ``4 u |s| sqrt(sum_r ||b_r||^2 ||a_r||^2)`` as a whole, and ``3 u |s| sqrt(sum_r b_or^2 ||a_r||^2)`` in row o. One
+    ``4 u |s| sqrt(sum_r ||b_r||^2 ||a_r||^2)`` as a whole, and ``4 u |s| sqrt(sum_r b_or^2 ||a_r||^2)`` in row o. One
     flipped bit in the exponent of a float32 weight exceeds that by far. In a 16-bit dtype it may not; but where the
     merged factors are the adapters' own, one below the other, each rank up to a factor, a weight that is off by more
     than a quarter where the rest of its rank is not fails the module too.

@@ -15,7 +15,7 @@ class ModuleCheck:
             infinite where a factor is not finite.
         bound: how large `error` may be: what rounding the merged factors to their dtype explains, or rtol.
         exact: whether `error` was computed exactly, as it is where it comes near its bound or exceeds it; else it is an
-            estimate from random vectors, within 12 % or (rounding errors) 2 %.
+            estimate from random vectors, with a standard deviation of at most 18 % of it.
         rows: the error of the worst output row over what rounding explains there: more than 1 fails. None with rtol.
         columns: the same of the worst input column.
         outliers: how many weights of merged factors that are otherwise multiples of the adapters' are off by more than

@@ -1,4 +1,4 @@
-"""gram, sketch and lines: inner products of rows in float64, on which the low-rank algebra stands.
+"""gram, sketch, lines and combine: products and sums of rows in float64, on which the low-rank algebra stands.
 
 All take a ragged batch of problems: each is a list of matrices (r_i, columns) of float16, bfloat16, float32 or float64
 and any strides on one device, whose rows are the rows of its X; a factor B (d_out, r) is passed as the view ``B.T``.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lorakern.backends.cpu import PROBES
-from lorakern.ops._library import backend_for, define
+from lorakern.ops._library import backend_for, define, mark_written
 
 Problems = list[list[torch.Tensor]]
 
@@ -55,6 +55,13 @@ def _sketch(rows, sizes, probes):
 )
 def _lines(rows, sizes, *arguments):
     return backend_for("lines", rows[0]).lines(rows, sizes, *arguments)
+
+
+@define("combine_(Tensor(a!)[] out, Tensor[] rows, int[] sizes, Tensor[] factors) -> ()", lambda *_: None)
+def _combine(out, rows, sizes, factors):
+    backend_for("combine", rows[0]).combine(out, rows, sizes, factors)
+    for tensor in out:
+        mark_written(tensor)
 
 
 def gram(problems: Problems) -> list[torch.Tensor]:
@@ -135,3 +142,18 @@ def lines(problems: list[Lines]) -> list[LinesFound]:
     products, factors, ratios = ([t.contiguous() for t in ts] for ts in (products, factors, ratios))
     found = _lines(*_flat(rows), products, firsts, factors, allowed, ratios, steps)
     return [LinesFound(*numbers) for numbers in found.tolist()]
+
+
+def combine(out: list[torch.Tensor], problems: Problems, factors: list[torch.Tensor]) -> None:
+    """``Y = M X`` for each problem, written to its Y (n, columns) of any dtype and strides; M is (n, R) float64.
+
+    A factor B (d_out, n) is written as the view ``B.T``. Sums are in float64 and rounded once.
+
+    >>> import torch
+    >>> from lorakern.ops.gram import combine
+    >>> Y, M = torch.empty(1, 2), torch.tensor([[10.0, 1.0]], dtype=torch.float64)
+    >>> combine([Y], [[torch.eye(2)]], [M])
+    >>> Y.tolist()
+    [[10.0, 1.0]]
+    """
+    _combine(out, *_flat(problems), [m.contiguous() for m in factors])

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from lorakern.errors import LorakernError
 from lorakern.ops import _checks as check
 from lorakern.ops._terms import DTYPES, UNIT, collect, collect_modules, grams
+from lorakern.ops.gram import combine
 
 _TRUSTED = 1e-8  # relative error of singular values that Gram matrices may cause; beyond it QR is used
 _NULL = 1e-14  # of the magnitude of the terms: smaller singular values are rounding errors of float64
@@ -72,40 +74,55 @@ def truncate(terms: Any, rank: int | float | None, *, dtype: torch.dtype | None 
 
 
 def _truncated(op, sums, rank, dtype):
-    for s, gram_a, gram_b in grams(op, sums):
-        yield _truncate_one(op, s, gram_a, gram_b, rank, dtype)
+    for batch in grams(op, sums):
+        out, problems, factors = [], [], []
+        for s, gram_a, gram_b in batch:
+            sigma, *sides = _factored(s, gram_a, gram_b, rank)
+            own = dtype or functools.reduce(torch.promote_types, (t.dtype for t in [*s.A, *s.B]))
+            A, B = sigma.new_empty(len(sigma), s.d_in, dtype=own), sigma.new_empty(s.d_out, len(sigma), dtype=own)
+            out.append(Truncated(A, B, sigma))
+            for rows, factor in sides:
+                problems.append(rows)
+                factors.append(factor)
+        combine([y for t in out for y in (t.A, t.B.T)], problems, factors)
+        for (s, _, _), truncated in zip(batch, out, strict=True):
+            _check_range(op, s, truncated)
+            yield truncated
 
 
-def _truncate_one(op, s, gram_a, gram_b, rank, dtype):
+def _factored(s, gram_a, gram_b, rank):
+    """(singular values, (rows, M) for A, (rows, M) for B): A is M @ rows, and B^T likewise."""
     weights, sizes = s.weights(), (gram_a.diagonal() * gram_b.diagonal()).sqrt()
     magnitudes = weights.abs() * sizes
     alive = magnitudes.nonzero().squeeze(1)
-    root_a, basis_a, rows_a = _orthonormal(s.rows(), gram_a, alive)
-    root_b, basis_b, rows_b = _orthonormal(s.columns().T, gram_b, alive)
+    root_a, basis_a, rows_a = _orthonormal(s.A, gram_a, alive)
+    root_b, basis_b, rows_b = _orthonormal([b.T for b in s.B], gram_b, alive)
     U, sigma, Vt = torch.linalg.svd((root_b.T * weights[alive]) @ root_a, full_matrices=False)
     kept = _kept(sigma, rank, float(magnitudes.sum()), min(s.rank, s.d_in, s.d_out))
-    root = sigma[:kept, None].sqrt()
-    A, B = (root * Vt[:kept]) @ basis_a @ rows_a, (root * U.T[:kept]) @ basis_b @ rows_b
-    padding = kept - len(root)
-    if padding > 0:
-        A, B, sigma = (torch.cat([t, t.new_zeros(padding, *t.shape[1:])]) for t in (A, B, sigma))
-    return _rounded(op, s, A, B, dtype, sigma[:kept])
+    sigma = sigma[:kept]
+    root = sigma.sqrt()[:, None]
+    factors = (root * Vt[:kept]) @ basis_a, (root * U.T[:kept]) @ basis_b
+    padding = kept - len(sigma)
+    of_a, of_b = (pad(factor, (0, 0, 0, padding)) for factor in factors)
+    return pad(sigma, (0, padding)), (rows_a, of_a), (rows_b, of_b)
 
 
 def _orthonormal(rows, gram, alive):
-    """(root, basis, matrix) for the rows that are alive: they equal root @ Q, with Q = basis @ matrix orthonormal."""
-    if len(alive) < len(rows):
-        rows, gram = rows[alive], gram[alive][:, alive]
+    """(root, basis, rows): the rows that are alive equal root @ Q, with Q = basis @ rows orthonormal."""
+    count = len(gram)
+    gram = gram[alive][:, alive]
     # With rows of length one, rows that are merely small do not count as ill-conditioned.
     size = gram.diagonal().sqrt()
     triangle, failed = torch.linalg.cholesky_ex(gram / size / size[:, None])
-    one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    one = torch.eye(len(alive), dtype=gram.dtype, device=gram.device)
     inverse = torch.linalg.solve_triangular(triangle, one, upper=False)
     # An error E of the Gram matrix changes every singular value by up to ||inverse E inverse^T|| of itself (Ostrowski).
-    if not failed and len(rows) * UNIT * float(inverse.square().sum()) < _TRUSTED:
-        return size[:, None] * triangle, inverse / size, rows
-    Q, R = torch.linalg.qr(rows.T)
-    return R.T, torch.eye(len(R), dtype=rows.dtype, device=rows.device), Q.T
+    if not failed and len(alive) * UNIT * float(inverse.square().sum()) < _TRUSTED:
+        basis = gram.new_zeros(len(alive), count)
+        basis[:, alive] = inverse / size
+        return size[:, None] * triangle, basis, rows
+    Q, R = torch.linalg.qr(torch.cat([r.detach().double() for r in rows])[alive].T)
+    return R.T, torch.eye(len(R), dtype=R.dtype, device=R.device), [Q.T]
 
 
 def _kept(sigma, rank, magnitude, most):
@@ -118,13 +135,12 @@ def _kept(sigma, rank, magnitude, most):
     return min(int((energy < rank * energy[-1:]).sum()) + 1, max(1, len(sigma)))
 
 
-def _rounded(op, s, A, B, dtype, sigma):
-    dtype = dtype or functools.reduce(torch.promote_types, (t.dtype for t in [*s.A, *s.B]))
-    out = Truncated(A.to(dtype), B.T.contiguous().to(dtype), sigma)
-    if not (out.A.isfinite().all() and out.B.isfinite().all()):
-        largest = max(float(A.abs().max()), float(B.abs().max()))
-        raise LorakernError(
-            f"{op}: {f'module {s.name!r}: ' if s.name else ''}the factors reach {largest:.1e}, which dtype = {dtype} "
-            "cannot hold; ask for bfloat16 or float32"
-        )
-    return out
+def _check_range(op, s, truncated):
+    A, B, sigma = truncated
+    # No element exceeds the root of its singular value.
+    if float(sigma[0]) ** 0.5 < torch.finfo(A.dtype).max or (A.isfinite().all() and B.isfinite().all()):
+        return
+    raise LorakernError(
+        f"{op}: {f'module {s.name!r}: ' if s.name else ''}the factors reach up to {float(sigma[0]) ** 0.5:.1e}, which "
+        f"dtype = {A.dtype} cannot hold; ask for bfloat16 or float32"
+    )
