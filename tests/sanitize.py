@@ -21,6 +21,8 @@ TESTS = [
     "bgmv",
     "autograd",
     "gram",
+    "kmeans",
+    "kmeans_steps",
     "dispatch",
     "errors",
     "threads",

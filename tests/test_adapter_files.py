@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lorakern.adapters import LoraAdapter, check_same_base, open_adapter
+from lorakern.adapters.factors import all_finite
 from lorakern.errors import LorakernError
 
 
@@ -33,6 +34,19 @@ def test_opened_adapter_is_the_loaded_one(tmp_path):
             assert repr(opened) == f"AdapterFile(2 modules, path {path})"
             with pytest.raises(KeyError):
                 opened["layers.2.proj"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_what_torch_says_it_is(dtype):
+    most = torch.finfo(dtype).max
+    for numel in (1, 7, 64, 1000):
+        good = torch.linspace(-1, 1, numel, dtype=torch.float64).mul(most).to(dtype)
+        assert good.isfinite().all() and all_finite(good[:, None]) and all_finite(good[None].expand(3, numel))
+        for value in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            for place in {0, numel // 2, numel - 1}:
+                bad = good.clone()
+                bad[place] = value
+                assert not all_finite(bad) and not all_finite(bad[:, None]) and not all_finite(bad.flip(0))
 
 
 def test_every_read_is_a_fresh_copy_and_a_closed_file_says_so(tmp_path):

@@ -382,17 +382,23 @@ def test_killed_at_any_time_in_a_merge(tmp_path):
         expected[float(fill)] = LoraAdapter({m: tuple(f) for m, f in expected[float(fill)].items()})
     seen, chance = set(), random.Random(0)
     for attempt in range(30):
+        done, doing = os.pipe()
         child = os.fork()
         if not child:
             try:
                 for turn in range(attempt, 10_000):
                     cli.main(["merge", str(tmp_path / str(1 + turn % 8)), "-o", str(out), "--force", "--quiet"])
+                    os.write(doing, b".")
             finally:
                 os._exit(1)
-        time.sleep(chance.random() * 0.4)
+        os.close(doing)
+        # on a busy machine nothing might happen in a time that is set before
+        assert os.read(done, 1) == b"."
+        time.sleep(chance.random() * 0.1)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status)
+        os.close(done)
         seen.add(state(out, expected))
     assert len(seen) > 2
     cli.main(["merge", str(tmp_path / "1"), "-o", str(out), "--force", "--quiet"])

@@ -384,6 +384,21 @@ def test_more_starts_are_no_worse():
     assert inertia(20) < inertia(1)
 
 
+@pytest.mark.parametrize("size", [1e-18, 1e17])
+def test_size_does_not_matter(size):
+    units, family = families([3, 5, 7])
+    adapters = dealt(units, [4, 9, 2], [1.0, 1.0, 1.0], torch.float32)
+    sized = [{"p": (A * size, B * size, s)} for A, B, s in (a["p"] for a in adapters)]
+    A, B, scale = lk.merge(sized, "lego", rank=3)["p"]
+    assert_update((A.double() / size, B.double() / size, scale), expected(units, family, factor=math.sqrt(5 / 3)), 1e-6)
+
+
+def test_overflow_names_the_module():
+    huge = {"p": (torch.full((2, 5), 1e200, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64), 1.0)}
+    with pytest.raises(lk.LorakernError, match="p: lego: the squares of its factors overflow float64"):
+        lk.merge([huge], "lego", rank=1)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_any_adapters_merge(data):

@@ -193,3 +193,24 @@ def test_command_merges_by_lego(folders, tmp_path, capsys):
     assert {module["module"]: module["rank"] for module in planned["modules"]} == {m: merged[m].rank for m in merged}
     for module in merged:
         assert torch.equal(written[module].A, merged[module].A)
+
+
+def test_recipe_gives_each_module_its_rank(folders, tmp_path, capsys):
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "merged"
+    models = "\n".join(f"  - model: {folder}" for folder in folders)
+    ranks = "[{filter: layers.1, value: 3}, {value: 5}]"
+    recipe.write_text(
+        f"merge_method: lego\nmodels:\n{models}\nparameters:\n  rank: {ranks}\n  output_reweight: false\n"
+    )
+    arguments = ["merge", str(recipe), "-o", str(out), "--json"]
+    assert main([*arguments, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)["modules"]
+    assert main(arguments) == 0, capsys.readouterr().err
+    written = lk.LoraAdapter.load(out)
+    by_module = {"layers.0.q": 5, "layers.1.q": 3, "layers.0.v": 5}
+    loaded = [lk.LoraAdapter.load(folder) for folder in folders]
+    merged = lk.merge(loaded, "lego", rank=by_module, output_reweight=False)
+    assert {m: written[m].rank for m in written} == {m: merged[m].rank for m in merged}
+    assert written["layers.0.q"].rank == 5 and written["layers.0.v"].rank == 1
+    assert all(torch.equal(written[m].B, merged[m].B) for m in merged)
+    assert {m["module"]: m["rank"] for m in planned}["layers.0.v"] == 1

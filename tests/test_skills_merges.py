@@ -117,6 +117,32 @@ def test_page_and_plot(tmp_path, measured):
     assert "Unfinished: 1 of 4 sets" in merges_page.page(results)
 
 
+@pytest.mark.parametrize(
+    "scores, line",
+    [
+        (
+            (0.1, 0.2, 0.3, 0.4),
+            "weight average (10.0%) < task arithmetic (20.0%) < TIES, r (30.0%) < LEGO, r (40.0%); as",
+        ),
+        (
+            (0.0, 0.0, 0.3, 0.2),
+            "weight average (0.0%) = task arithmetic (0.0%) < LEGO, r (20.0%) < TIES, r (30.0%); not",
+        ),
+        (
+            (0.0, 0.0, 0.1, 0.2),
+            "weight average (0.0%) = task arithmetic (0.0%) < TIES, r (10.0%) < LEGO, r (20.0%); not",
+        ),
+    ],
+)
+def test_order_of_the_paper(scores, line, tmp_path):
+    results = Results(tmp_path / "merges.json", settings(NAMES[:2], 4, 1))
+    results.alone = {name: {BASE: [0.0], OWN: [1.0]} for name in NAMES}
+    known = dict(zip(merges_page.EXPECTED, scores, strict=True))
+    of_way = {way.name: {name: [known.get(way.name, 0.5)] for name in NAMES[:2]} for way in WAYS}
+    results.sets = [{"skills": NAMES[:2], "scores": of_way}]
+    assert line in merges_page.page(results)
+
+
 def test_command(tmp_path, measured, monkeypatch):
     monkeypatch.setattr(smollm2, "load", lambda: (None, None))
     arguments = ["merges", "clock", "roman", "--count", "3", "--seeds", "1", "--out", str(tmp_path / "new")]

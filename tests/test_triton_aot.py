@@ -29,6 +29,13 @@ def test_kernels_in_the_interpreter():
 
 
 @needs_triton
+def test_lego_in_the_interpreter():
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
+    status, output = python("-m", "pytest", *options, "tests/test_triton_lego.py", TRITON_INTERPRET="1")
+    assert status == 0 and " passed" in output, output[-4000:]
+
+
+@needs_triton
 def test_kernels_compile_ahead_of_time():
     status, output = python("-m", "lorakern.triton_kernels.aot", "--subset")
     assert status == 0, output[-4000:]

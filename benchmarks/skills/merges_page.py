@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,13 +119,17 @@ def _order(results: Results) -> list[str]:
     """Whether the order of the LoRA-LEGO paper comes out."""
     lines = []
     for title, of in (("pairs", of_pairs), ("all skills", of_all)):
-        found = {way: of(results, way) for way in EXPECTED}
-        if None in found.values():
+        spreads = {way: of(results, way) for way in EXPECTED}
+        if None in spreads.values():
             continue
-        order = sorted(EXPECTED, key=lambda way: found[way][0])
-        verdict = "as in the paper" if tuple(order) == EXPECTED else f"the paper has {' < '.join(EXPECTED)}"
-        lines.append(f"- Order on {title}: {' < '.join(f'{w} ({found[w][0]:.1%})' for w in order)}; {verdict}.")
-    return lines
+        means = {way: round(spread[0], 3) for way, spread in spreads.items()}
+        order = sorted(EXPECTED, key=means.__getitem__)
+        told = f"{order[0]} ({means[order[0]]:.1%})"
+        for lower, higher in itertools.pairwise(order):
+            told += f" {'<' if means[lower] < means[higher] else '='} {higher} ({means[higher]:.1%})"
+        same = all(means[lower] < means[higher] for lower, higher in itertools.pairwise(EXPECTED))
+        lines.append(f"- Order on {title}: {told}; {'as in' if same else 'not that of'} the paper.")
+    return [*lines, f"- The paper's order: {' < '.join(EXPECTED)}."] if lines else []
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,7 +15,7 @@ constexpr int64_t kGrain = 32;                   // ranges of columns are multip
 constexpr int64_t kPartialFloats = 1 << 24;      // of the units' results that are kept at a time
 constexpr int64_t kFinishedRows = 64;            // rows of a Gram matrix that are added up at a time
 constexpr int64_t kLeastParallelWork = 1 << 18;  // multiply-adds that take as long as waking the threads
-constexpr int64_t kUpdateDoubles = 1 << 16;      // of the sums of a unit: half of L2
+constexpr int64_t kUpdateDoubles = 1 << 14;      // of the sums of a unit: a part of L2
 
 int threads_for_work(int64_t work, int threads) { return work < kLeastParallelWork ? 1 : threads; }
 

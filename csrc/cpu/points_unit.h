@@ -205,11 +205,9 @@ void load_rows(const RowSet& set, int64_t r, int live, int64_t k, int some, Vec*
 
 template <typename T, typename F>
 ALWAYS_INLINE void for_each_vector_of(const RowSet& set, int64_t row, int64_t begin, int64_t end, const F& f) {
-  // Rows that are contiguous are read one after the other; where columns are, a block is transposed.
-  const int block = set.column_stride == 1 ? 1 : kWidth;
-  for (int64_t r = 0; r < set.rows; r += block)
+  for (int64_t r = 0; r < set.rows; r += kWidth)
     for (int64_t k = begin; k < end; k += kWidth) {
-      const int live = static_cast<int>(std::min<int64_t>(set.rows - r, block)),
+      const int live = static_cast<int>(std::min<int64_t>(set.rows - r, kWidth)),
                 some = static_cast<int>(std::min<int64_t>(end - k, kWidth));
       Vec rows[kWidth];
       load_rows<T>(set, r, live, k, some, rows);

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lorakern.adapters.factors import LoraFactors
+from lorakern.adapters.factors import LoraFactors, all_finite
 from lorakern.adapters.kohya_files import kohya_layout
 from lorakern.adapters.peft_config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from lorakern.adapters.peft_files import find_files, peft_pairs, peft_scales
@@ -136,8 +136,8 @@ def open_adapter(
 def check_finite(where: str, module: str, A: torch.Tensor, B: torch.Tensor) -> None:
     """Raise `LorakernError` if A or B holds NaN or infinity."""
     for letter, tensor in (("A", A), ("B", B)):
-        bad = tensor.numel() - int(tensor.isfinite().sum())
-        if bad:
+        if not all_finite(tensor):
+            bad = tensor.numel() - int(tensor.isfinite().sum())
             raise LorakernError(
                 f"{where}lora_{letter} of {module} has {bad} values that are NaN or infinite; the training or the "
                 "merge went wrong, or pass check_finite=False to take them as they are"

@@ -128,7 +128,9 @@ def _image(name: str, modules: Sequence[dict[str, Any]]) -> bytes:
     colors = colormaps["tab10" if len(groups) <= 10 else "turbo"]
     for place, (label, members) in enumerate(groups.items()):
         color = colors(place if len(groups) <= 10 else place / (len(groups) - 1))
-        layers = [_layer(module["module"], number) for number, module in enumerate(members)]
+        # files are often in the order of the letters: layers 1, 10, 11, 2
+        placed = sorted(enumerate(members), key=lambda item: _layer(item[1]["module"], item[0]))
+        layers, members = [_layer(module["module"], number) for number, module in placed], [m for _, m in placed]
         style = {"color": color, "marker": "o", "markersize": 3, "linewidth": 1}
         norms.plot(layers, [module["norm"] for module in members], label=label, **style)
         ranks.plot(layers, [module["effective_rank"] for module in members], **style)
@@ -142,6 +144,7 @@ def _image(name: str, modules: Sequence[dict[str, Any]]) -> bytes:
     ):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel(below)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.7)
     if any(value > 0 for module in modules for value in module["singular_values"]):

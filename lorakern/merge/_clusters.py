@@ -79,13 +79,13 @@ def clustered(
     """(module, clusters) of all modules, None where all updates are multiplied by zero."""
     # one seed for all modules, whichever they are
     seed = generators("").initial_seed()
-    batch, numbers = {}, 0
+    batch, numbers, device = {}, 0, None
     for module, terms in modules.items():
         size = sum(term.A.numel() + term.B.numel() for term in terms)
-        if batch and numbers + size > _BATCH_NUMBERS:
+        if batch and (numbers + size > _BATCH_NUMBERS or terms[0].A.device != device):
             yield from _search(batch, ranks, seed, options)
             batch, numbers = {}, 0
-        batch[module] = terms
+        batch[module], device = terms, terms[0].A.device
         numbers += size
     yield from _search(batch, ranks, seed, options)
 
@@ -167,8 +167,8 @@ def _order(products: torch.Tensor) -> torch.Tensor:
 
 
 def _coordinates(products: torch.Tensor) -> torch.Tensor:
-    """Points (R, R) float32 that have these inner products."""
-    values, vectors = torch.linalg.eigh(products)
+    """Points (R, R) float32 that have these inner products, but for a factor that makes the longest as long as one."""
+    values, vectors = torch.linalg.eigh(products / (products.diagonal().amax() or 1.0))
     return (vectors * values.clamp_min(0).sqrt()).float()
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorakern.errors import LorakernError
 from lorakern.merge.registry import Term
 from lorakern.ops.gram import gram
 
@@ -53,13 +54,21 @@ class Pool(NamedTuple):
 def pools(
     modules: Mapping[str, Sequence[Term]], *, fold_scale: bool, weights_as: str, balance: bool, align_signs: bool
 ) -> Iterator[tuple[str, Pool]]:
-    """The pools of all modules that have a unit."""
+    """The pools of all modules that have a unit.
+
+    Raises `LorakernError` where the inner products overflow.
+    """
     held = {module: [pair for pair in enumerate(terms) if pair[1].factor] for module, terms in modules.items()}
     held = {module: pairs for module, pairs in held.items() if pairs}
     parts = [part for pairs in held.values() for part in ([t.A for _, t in pairs], [t.B.T for _, t in pairs])]
     grams = gram(parts) if parts else []
     for (module, pairs), a, b in zip(held.items(), grams[::2], grams[1::2], strict=True):
-        pool = _pool(pairs, torch.stack([a, b]), fold_scale, weights_as)
+        products = torch.stack([a, b])
+        if not products.isfinite().all():
+            raise LorakernError(
+                f"{module}: lego: the squares of its factors overflow float64; make the factors smaller"
+            )
+        pool = _pool(pairs, products, fold_scale, weights_as)
         if balance:
             pool = _balanced(pool)
         if align_signs:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorakern.adapters import LoraAdapter, LoraFactors
-from lorakern.adapters.factors import DTYPES, check_name, checked
+from lorakern.adapters.factors import DTYPES, all_finite, check_name, checked
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.merge.inputs import Factors, Inputs, check_adapters, shared_config
@@ -316,7 +316,7 @@ def _result(found: Method, inputs: Inputs, module: str, result: Any, dtype: torc
     if (merged.d_out, merged.d_in) != shape:
         got = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
         raise LorakernError(f"{module}: {found.name} returned {got} for an update of shape {shape}; mend the method")
-    if not (merged.A.isfinite().all() and merged.B.isfinite().all()):
+    if not (all_finite(merged.A) and all_finite(merged.B)):
         raise LorakernError(
             f"{module}: the merged factors are not finite in {merged.A.dtype}; merge with dtype=torch.float32, or with "
             "smaller weights"

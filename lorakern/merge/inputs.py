@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakern.adapters import LoraFactors
-from lorakern.adapters.factors import checked
+from lorakern.adapters.factors import all_finite, checked
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.merge.registry import Term
@@ -81,7 +81,7 @@ class Inputs:
         except LorakernError as error:
             raise LorakernError(f"{label(self._adapters, i)}: {error}") from None
         for letter, tensor in (("A", factors.A), ("B", factors.B)):
-            if not tensor.isfinite().all():
+            if not all_finite(tensor):
                 raise LorakernError(
                     f"{module}: {letter} of {label(self._adapters, i)} holds NaN or infinity; "
                     "leave this adapter out, or train it again"
