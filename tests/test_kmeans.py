@@ -303,6 +303,7 @@ BAD = {
     "integers": (lambda x: lk.kmeans(x.int(), 1), "got .* int32"),
     "parts of different length": (lambda x: lk.kmeans((x, x[1:]), 1), r"a row for each in every part; got \[8, 7\]"),
     "blocks of different width": (lambda x: lk.kmeans(([x, x[:, 1:]],), 1), "points, part 0, must have rows of one"),
+    "no data": (lambda x: lk.kmeans(x.to("meta"), 1), "points must have data"),
     "float64": (lambda x: lk.kmeans(x.double(), 1), "float32, float16 or bfloat16"),
     "init": (lambda x: lk.kmeans(x, 2, init="best"), "init must be 'k-means\\+\\+'.*got 'best'"),
     "too few centroids": (lambda x: lk.kmeans(x, 3, init=x[:2]), "init must have k = 3 centroids; got 2"),

@@ -138,7 +138,7 @@ def launches(config):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     n, k, columns = config.block if config.op in ("seed", "lloyd") else 64, 16, 4096
-    labels, numbers, table = empty(n, dtype=torch.int64), empty(n, dtype=torch.float64), empty(1, 7, dtype=torch.int64)
+    labels, numbers, table = empty(n, dtype=torch.int64), empty(n, dtype=torch.float64), empty(1, 6, dtype=torch.int64)
     seeds = empty(k, dtype=torch.int64)
     if config.op == "seed":
         yield "full", seed_launch(seeds, empty(n, n), numbers, numbers.view(1, n), table, [n])

@@ -10,6 +10,8 @@ import triton.language as tl
 from .common import Launch
 from .configs import CONFIGS
 
+# numbers in a row of `clouds`: points, k, trials, the first point, inner product and centroid among all
+CLOUD = tl.constexpr(6)
 MOST_POINTS = max(config.block for config in CONFIGS if config.op == "lloyd")
 
 
@@ -31,9 +33,9 @@ def nearer(p_gram, b_nearest, b_square, i_point, count, o_n, m_n):
 
 @triton.jit(do_not_specialize=["runs", "draws"])
 def seed_kernel(p_seeds, p_gram, p_weights, p_uniforms, p_clouds, runs, draws, BLOCK: tl.constexpr):
-    """One run of greedy k-means++. Of a cloud: points, k, trials, first point, inner product and seed among all."""
+    """One run of greedy k-means++."""
     i_q, i_run = (tl.program_id(0) // runs).to(tl.int64), (tl.program_id(0) % runs).to(tl.int64)
-    p_cloud = p_clouds + i_q * 7
+    p_cloud = p_clouds + i_q * CLOUD
     count, k, trials = tl.load(p_cloud), tl.load(p_cloud + 1), tl.load(p_cloud + 2)
     p_gram += tl.load(p_cloud + 4)
     p_seeds += tl.load(p_cloud + 5) * runs + i_run * k
@@ -135,7 +137,7 @@ def lloyd_kernel(
     inner products of old and new centroids: 5 k.
     """
     i_q, i_run = (tl.program_id(0) // runs).to(tl.int64), (tl.program_id(0) % runs).to(tl.int64)
-    p_cloud = p_clouds + i_q * 7
+    p_cloud = p_clouds + i_q * CLOUD
     count, k, point, centroid = tl.load(p_cloud), tl.load(p_cloud + 1), tl.load(p_cloud + 3), tl.load(p_cloud + 5)
     p_gram += tl.load(p_cloud + 4)
     p_sums += (centroid * runs + i_run * k) * BLOCK
@@ -224,11 +226,11 @@ def lloyd_kernel(
 
 
 def clouds(counts, ks, trials):
-    """Rows of the table `p_clouds`."""
+    """The table `p_clouds`."""
     point = product = centroid = 0
     out = []
     for n, k, t in zip(counts, ks, trials, strict=True):
-        out.append((n, k, t, point, product, centroid, 0))
+        out.append((n, k, t, point, product, centroid))
         point, product, centroid = point + n, product + n * n, centroid + k
     return torch.tensor(out)
 

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-# numbers of a row of `parts`: its first row in the tables, its columns, the first of them among those of a point
-PART = 3
-# numbers of a row of `problems`: parts first:last, points and the first of them among all, k and the first centroid
+# numbers in a row of `parts`: its first row in the tables, its columns, the first of them among those of a point
+PART = tl.constexpr(3)
+# numbers in a row of `problems`: parts first:last, points and the first of them among all, k and the first centroid
 # among all, columns and the first of them among all, and the first element of all centroids and of all inner products
-PROBLEM = 10
+PROBLEM = tl.constexpr(10)
 
 
 class Tables(NamedTuple):
@@ -88,13 +88,14 @@ def tables(rows, blocks, parts, scales, ks):
 
 @triton.jit
 def load_problem(p_problems, i_problem, FIELD: tl.constexpr):
-    return tl.load(p_problems + i_problem * 10 + FIELD)
+    return tl.load(p_problems + i_problem * PROBLEM + FIELD)
 
 
 @triton.jit
 def load_part(p_parts, i_part):
     """A part's first row in the tables, its columns, and the first of them among the columns of a point."""
-    return tl.load(p_parts + i_part * 3), tl.load(p_parts + i_part * 3 + 1), tl.load(p_parts + i_part * 3 + 2)
+    p_part = p_parts + i_part * PART
+    return tl.load(p_part), tl.load(p_part + 1), tl.load(p_part + 2)
 
 
 @triton.jit

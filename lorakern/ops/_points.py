@@ -102,6 +102,8 @@ def _problem(op, name, points, weights, scales):
             if not isinstance(block, torch.Tensor) or block.dim() != 2 or block.dtype not in DTYPES:
                 takes = "be (N, D) of float16, bfloat16, float32 or float64, or a tuple of such parts"
                 check.fail(op, label, takes, check.describe(block))
+            if block.is_meta:
+                check.fail(op, label, "have data", "a tensor on the meta device")
             first = parts[0][0] if parts else blocks[0]
             if block.device != first.device or (block.dtype == torch.float64) != (first.dtype == torch.float64):
                 check.fail(

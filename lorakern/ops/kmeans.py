@@ -12,7 +12,7 @@ from lorakern.ops._uniforms import uniforms
 from lorakern.ops.kmeans_steps import centroids_of, split
 
 _ITERATIONS = 10  # that a run takes, more or less: what the choice of the space counts with
-_MOST_GRAM = 8192  # points whose inner products are kept without being asked to: 256 MB of float32
+_MOST_GRAM = 4096  # points whose inner products are kept without being asked to: 64 MB of float32
 
 
 class KMeansResult(NamedTuple):
@@ -172,37 +172,32 @@ def _in_gram_space(op, tasks, table, max_iter, tol):
     weights = [p.weights for p in problems]
     grams = _clustering.points_gram(*flat(problems))
     check_finite(op, problems, [g.diagonal() for g in grams], "inner products")
-    no_seeds, no_labels = table.new_empty(0, 0, dtype=torch.int64), table.new_empty(0, dtype=torch.int64)
-    seeds, first_labels, first_sqdist = ([none] * len(tasks) for none in (no_seeds, no_labels, table.new_empty(0)))
-    by_method = {m: [i for i, t in enumerate(tasks) if t.method == m] for m in {t.method for t in tasks}}
-    if drawn := by_method.get("k-means++"):
-        chosen = [tasks[i] for i in drawn]
-        found = _clustering.seed(
-            [grams[i] for i in drawn],
-            [weights[i] for i in drawn],
-            [t.k for t in chosen],
-            [t.trials for t in chosen],
-            table,
-        )
-        for i, s in zip(drawn, found, strict=True):
-            seeds[i] = s
-    for i in by_method.get("random", []):
-        seeds[i] = tasks[i].random_seeds(table)
-    for i in by_method.get("seeds", []):
-        seeds[i] = tasks[i].seeds
-    if given := by_method.get("centroids"):
-        found = _clustering.assign(*flat([problems[i] for i in given]), [tasks[i].centroids for i in given])
-        for i, labels, sqdist in zip(given, *found, strict=True):
-            first_labels[i], first_sqdist[i] = labels, sqdist
     # The variance of a column is that of the points over their columns.
     tolerances = [tol / sum(p.columns) for p in problems]
-    labels, members, iterations = _clustering.lloyd(
-        grams, weights, ks, seeds, first_labels, first_sqdist, max_iter, tolerances
-    )
-    del grams
+    starts = _starts(tasks, grams, table)
+    labels, members, iterations = _clustering.lloyd(grams, weights, ks, *starts, max_iter, tolerances)
     centroids, _, inertia = _clustering.update(*flat(problems), members, labels, weights, ks)
     found = zip(problems, labels, centroids, inertia.tolist(), iterations.tolist(), strict=True)
     return [KMeansResult(label, split(p, c), total, n) for p, label, c, total, n in found]
+
+
+def _starts(tasks, grams, table):
+    """(seeds, first labels, first sqdist) of each task: seeds (runs, k), or what assigning to given centroids gives."""
+    none = table.new_empty(0, dtype=torch.int64)
+    seeds = [none[:, None] if t.seeds is None else t.seeds for t in tasks]
+    labels, sqdist = [none] * len(tasks), [table.new_empty(0)] * len(tasks)
+    if drawn := [i for i, t in enumerate(tasks) if t.method == "k-means++"]:
+        given = [(grams[i], tasks[i].points.weights, tasks[i].k, tasks[i].trials) for i in drawn]
+        for i, found in zip(drawn, _clustering.seed(*map(list, zip(*given, strict=True)), table), strict=True):
+            seeds[i] = found
+    for i, t in enumerate(tasks):
+        if t.method == "random":
+            seeds[i] = t.random_seeds(table)
+    if given := [i for i, t in enumerate(tasks) if t.method == "centroids"]:
+        found = _clustering.assign(*flat([tasks[i].points for i in given]), [tasks[i].centroids for i in given])
+        for i, *of_problem in zip(given, *found, strict=True):
+            labels[i], sqdist[i] = of_problem
+    return seeds, labels, sqdist
 
 
 def _directly(op, task, table, max_iter, tol):
@@ -211,12 +206,9 @@ def _directly(op, task, table, max_iter, tol):
     check_finite(op, [p], norms, "squares")
     if task.method == "centroids":
         starts = [task.centroids]
+    elif task.method == "k-means++":
+        starts = [p.rows(s) for s in _direct.seeds(p, task.k, task.trials, table)]
     else:
-        seeds = {
-            "k-means++": lambda: _direct.seeds(p, task.k, task.trials, table),
-            "random": lambda: task.random_seeds(table),
-            "seeds": lambda: task.seeds,
-        }[task.method]()
-        starts = [p.rows(s) for s in seeds]
+        starts = [p.rows(s) for s in (task.random_seeds(table) if task.method == "random" else task.seeds)]
     labels, centroids, inertia, iterations = _direct.lloyd(p, task.k, starts, max_iter, tol)
     return KMeansResult(labels, split(p, centroids), inertia, iterations)
