@@ -144,7 +144,7 @@ def test_order_of_the_paper(scores, line, tmp_path):
 
 
 def test_command(tmp_path, measured, monkeypatch):
-    monkeypatch.setattr(smollm2, "load", lambda: (None, None))
+    monkeypatch.setattr(smollm2, "load", lambda dtype: (None, None))
     arguments = ["merges", "clock", "roman", "--count", "3", "--seeds", "1", "--out", str(tmp_path / "new")]
     command.app(arguments, standalone_mode=False)
     written = json.loads((tmp_path / "new" / "merges.json").read_text())

@@ -112,9 +112,9 @@ def evaluate(
 @app.command()
 def merges(
     names: Names = None,
-    count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 20,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the questions, of LEGO and of DARE.")] = 3,
-    pairs: Annotated[int | None, typer.Option(min=1, help="So many pairs; else all of the skills.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of skills at most; skills take turns in them.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for merges.json, .md and .png; a run goes on there.")] = HERE,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
@@ -132,7 +132,7 @@ def merges(
     out.mkdir(parents=True, exist_ok=True)
     results = work.Results(out / "merges.json", work.settings(chosen, count, seeds, pairs))
     adapters = {name: LoraAdapter.load(ADAPTERS / name) for name in chosen}
-    model, tokenizer = smollm2.load()
+    model, tokenizer = smollm2.load(torch.bfloat16)
     with _progress() as progress:
         bar = progress.add_task("answers", total=work.total(results.settings), note="")
         work.run(results, model, tokenizer, adapters, lambda n, note: progress.update(bar, advance=n, note=note))

@@ -12,7 +12,7 @@ from benchmarks.records import write_beside
 from benchmarks.skills.merges import BASE, OWN, WAYS, Results, Way
 
 HOW = """\
-Exact match of greedy answers on held-out questions, in float32. Every pair of the skill adapters is merged, and all of
+Exact match of greedy answers on held-out questions, in bfloat16. Pairs of the skill adapters are merged, and all of
 them into one; a merged adapter is asked the questions of each skill in it. No skill's data are used, nothing is tuned.
 A seed draws other questions, and what LEGO and DARE draw; numbers are means with the standard deviation over the
 {seeds} seeds, of {count} questions a skill and seed. r is, module by module, the largest rank among the adapters; rows
