@@ -108,7 +108,7 @@ struct Points {  // `count` points. Their columns are those of all parts, side b
   const float* scales;  // (num_parts, count), factors of the rows, or null for 1
 };
 
-struct PointsGramProblem {  // out = X X^T in float32, X the points or, of each column, what is left of its mean
+struct PointsGramProblem {  // out = X X^T in float32, X the points or, where their mean is large, what is left of it
   Points points;
   float* out;  // (count, count)
 };

@@ -33,7 +33,10 @@ double to_double(T value) {
   return to_float(value);
 }
 
-inline void put(double* p, Vec a) { vec_widen(p, a); }
+inline void put(double* p, Vec a) {
+  wide_store(p, wide_low(a));
+  wide_store(p + kWidth / 2, wide_high(a));
+}
 inline void put(float* p, Vec a) { vec_store(p, a); }
 
 // Columns begin .. begin + depth of a set, each `stride` numbers after the one before it.

@@ -2,8 +2,7 @@
 #include "simd_avx512.h"
 
 #include "lora_backward.h"
-
-#include "lora_amx.h"
+#include "points_amx.h"
 
 namespace lorakern {
 namespace {
@@ -17,15 +16,15 @@ constexpr Variant with_tiles(Variant v) {
   return v;
 }
 
-// Inner products in float32: where there are tiles, products of bfloat16 pairs in registers take twice the time.
-constexpr Variant without_pairs(Variant v) {
-  v.points_gram = points_gram_of<Outer<float>>;
+constexpr Variant with_tiled_points(Variant v) {
+  v.points_scratch = points_amx_scratch;
+  v.points_gram = points_gram_amx;
   return v;
 }
 
 }  // namespace
 
 extern const Variant kVariants_amx[3];
-const Variant kVariants_amx[3] = {without_pairs(variant<float>("amx")), variant<f16>("amx"),
+const Variant kVariants_amx[3] = {with_tiled_points(variant<float>("amx")), variant<f16>("amx"),
                                   with_tiles(variant<bf16>("amx"))};
 }  // namespace lorakern

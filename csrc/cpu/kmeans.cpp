@@ -15,7 +15,6 @@ constexpr int64_t kGrain = 32;                   // ranges of columns are multip
 constexpr int64_t kPartialFloats = 1 << 24;      // of the units' results that are kept at a time
 constexpr int64_t kFinishedRows = 64;            // rows of a Gram matrix that are added up at a time
 constexpr int64_t kLeastParallelWork = 1 << 18;  // multiply-adds that take as long as waking the threads
-constexpr int64_t kUpdateDoubles = 1 << 14;      // of the sums of a unit: a part of L2
 
 int threads_for_work(int64_t work, int threads) { return work < kLeastParallelWork ? 1 : threads; }
 
@@ -58,9 +57,7 @@ void finish(const FinishUnit& u) {
   }
 }
 
-}  // namespace
-
-void points_gram(const std::vector<PointsGramProblem>& problems, int threads) {
+void multiply(const std::vector<const PointsGramProblem*>& problems, bool center, int threads) {
   static thread_local Scratch<float> partial_scratch;
   const Variant& variant = variant_for(Dtype::kFloat32);
   const auto count = static_cast<int64_t>(problems.size());
@@ -71,15 +68,15 @@ void points_gram(const std::vector<PointsGramProblem>& problems, int threads) {
     units.clear();
     finishes.clear();
     for (last = first; last < count && (last == first || floats < kPartialFloats); ++last) {
-      const Points& x = problems[last].points;
+      const Points& x = problems[last]->points;
       const int64_t width = variant.packed_width(x.count), begin = floats;
       for_each_range(x, stretch_of(x, width), [&](int64_t part, int64_t from, int64_t to, int64_t) {
-        units.push_back({&x, part, from, to, nullptr});
+        units.push_back({&x, center, part, from, to, nullptr});
         floats += width * width;
       });
       work += x.count * x.count * x.columns;
       for (int64_t row = 0; row < x.count; row += kFinishedRows)
-        finishes.push_back({&problems[last], nullptr, (floats - begin) / (width * width), width, row,
+        finishes.push_back({problems[last], nullptr, (floats - begin) / (width * width), width, row,
                             std::min(row + kFinishedRows, x.count)});
     }
     float* partial = partial_scratch.get(floats);
@@ -95,6 +92,39 @@ void points_gram(const std::vector<PointsGramProblem>& problems, int threads) {
     });
     parallel_for(some, static_cast<int64_t>(finishes.size()), [&](int64_t i) { finish(finishes[i]); });
   }
+}
+
+// Of points of which the inner products are known: the sum of their squares, and that of the part that is their mean's.
+struct Moments {
+  double all, mean;
+};
+
+Moments moments(const float* gram, int64_t n) {
+  constexpr int64_t kLanes = 8;
+  double trace = 0, total = 0, lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i, gram += n) {
+    trace += gram[i];
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes)
+      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += gram[j + l];
+    for (; j < n; ++j) total += gram[j];
+  }
+  for (double lane : lanes) total += lane;
+  return {trace, total / static_cast<double>(n)};
+}
+
+}  // namespace
+
+// Distances are small differences of inner products where the mean is large: then without it.
+void points_gram(const std::vector<PointsGramProblem>& problems, int threads) {
+  std::vector<const PointsGramProblem*> all, off_center;
+  for (const PointsGramProblem& p : problems) all.push_back(&p);
+  multiply(all, false, threads);
+  for (const PointsGramProblem& p : problems) {
+    const Moments found = moments(p.out, p.points.count);
+    if (2 * found.mean > found.all) off_center.push_back(&p);
+  }
+  multiply(off_center, true, threads);
 }
 
 namespace {
@@ -159,11 +189,9 @@ void update(const std::vector<UpdateProblem>& problems, int threads) {
   for (const UpdateProblem& p : problems) {
     std::fill(p.counts, p.counts + p.k, 0.0);
     for (int64_t i = 0; i < p.points.count; ++i) p.counts[p.members[i]] += p.weights[i];
-    // As many as leave the sums in a cache, and some units to every thread.
-    const int64_t most = std::clamp<int64_t>(kUpdateDoubles / p.k / kGrain, 1, 16) * kGrain,
-                  wanted = std::max<int64_t>(p.points.columns / 16 / kGrain, 1) * kGrain;
-    for_each_range(p.points, std::min(most, wanted), [&](int64_t part, int64_t begin, int64_t end, int64_t first) {
-      units.push_back({&p, part, first, begin, end, nullptr});
+    const bool settled = p.labels && std::equal(p.members, p.members + p.points.count, p.labels);
+    for_each_range(p.points, kStretch, [&](int64_t part, int64_t begin, int64_t end, int64_t first) {
+      units.push_back({&p, part, first, begin, end, settled, nullptr});
     });
     work += p.points.count * p.points.columns;
   }
@@ -172,8 +200,8 @@ void update(const std::vector<UpdateProblem>& problems, int threads) {
   parallel_for(threads_for_work(work, threads), static_cast<int64_t>(units.size()),
                [&](int64_t i) { variant.update(units[i], scratch_of(variant.update_scratch(units[i]))); });
   for (const UpdateProblem& p : problems) *p.inertia = 0;
-  for (size_t i = 0; i < units.size(); ++i)
-    if (units[i].problem->labels) *units[i].problem->inertia += inertia[i];
+  for (size_t i = 0; i < units.size(); ++i) *units[i].problem->inertia += inertia[i];
+  for (const UpdateProblem& p : problems) *p.inertia = std::max(*p.inertia, 0.0);
 }
 
 void seed(const std::vector<SeedProblem>& problems, int threads) {
@@ -193,15 +221,8 @@ namespace {
 
 // Sum over columns of the variance of the points, of which the inner products are known.
 double variance(const Cloud& cloud) {
-  double trace = 0, total = 0;
-  for (int64_t i = 0; i < cloud.count; ++i) {
-    double row = 0;
-    for (int64_t j = 0; j < cloud.count; ++j) row += cloud.gram[i * cloud.count + j];
-    trace += cloud.gram[i * cloud.count + i];
-    total += row;
-  }
-  const auto n = static_cast<double>(cloud.count);
-  return std::max(0.0, (trace - total / n) / n);
+  const Moments found = moments(cloud.gram, cloud.count);
+  return std::max(0.0, (found.all - found.mean) / static_cast<double>(cloud.count));
 }
 
 }  // namespace

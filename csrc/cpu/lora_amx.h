@@ -67,21 +67,21 @@ inline void pack_panel(const bf16* rows, int64_t stride, int64_t live, int64_t d
   }
 }
 
-// M tiles of rows on the left, `stride` numbers from each other, times N panels: sums[M * 16][N * 16], to which what
-// was there is added where `resume` says so. M * N <= 4.
+// M tiles of rows on the left, `stride` numbers from each other, times N panels: M * 16 rows of N * 16 sums, `width`
+// numbers from each other, to which what was there is added where `resume` says so. M * N <= 4.
 template <int M, int N>
 void multiply(const bf16* left, int64_t stride, const bf16* panel, int64_t panel_size, int64_t steps, bool resume,
-              float* sums) {
-  constexpr int64_t kRow = N * kTile * sizeof(float);
-  const auto sum = [&](int m, int n) { return sums + (m * N * kTile + n) * kTile; };
+              float* sums, int64_t width = N * kTile) {
+  const auto row = static_cast<int64_t>(width * sizeof(float));
+  const auto sum = [&](int m, int n) { return sums + (m * width + n) * kTile; };
   asm volatile("" ::: "memory");  // the intrinsics do not say that they read memory
   if (resume) {
-    _tile_loadd(0, sum(0, 0), kRow);
-    if (N > 1) _tile_loadd(1, sum(0, 1), kRow);
-    if (M > 1) _tile_loadd(2, sum(1, 0), kRow);
-    if (M > 1 && N > 1) _tile_loadd(3, sum(1, 1), kRow);
-    if (M > 2) _tile_loadd(1, sum(2, 0), kRow);
-    if (M > 3) _tile_loadd(3, sum(3, 0), kRow);
+    _tile_loadd(0, sum(0, 0), row);
+    if (N > 1) _tile_loadd(1, sum(0, 1), row);
+    if (M > 1) _tile_loadd(2, sum(1, 0), row);
+    if (M > 1 && N > 1) _tile_loadd(3, sum(1, 1), row);
+    if (M > 2) _tile_loadd(1, sum(2, 0), row);
+    if (M > 3) _tile_loadd(3, sum(3, 0), row);
   } else {
     _tile_zero(0);
     if (N > 1 || M > 2) _tile_zero(1);
@@ -103,12 +103,12 @@ void multiply(const bf16* left, int64_t stride, const bf16* panel, int64_t panel
     if (M > 3) _tile_loadd(4, left + 3 * tile, bytes);
     if (M > 3) _tile_dpbf16ps(3, 4, 6);
   }
-  _tile_stored(0, sum(0, 0), kRow);
-  if (N > 1) _tile_stored(1, sum(0, 1), kRow);
-  if (M > 1) _tile_stored(2, sum(1, 0), kRow);
-  if (M > 1 && N > 1) _tile_stored(3, sum(1, 1), kRow);
-  if (M > 2) _tile_stored(1, sum(2, 0), kRow);
-  if (M > 3) _tile_stored(3, sum(3, 0), kRow);
+  _tile_stored(0, sum(0, 0), row);
+  if (N > 1) _tile_stored(1, sum(0, 1), row);
+  if (M > 1) _tile_stored(2, sum(1, 0), row);
+  if (M > 1 && N > 1) _tile_stored(3, sum(1, 1), row);
+  if (M > 2) _tile_stored(1, sum(2, 0), row);
+  if (M > 3) _tile_stored(3, sum(3, 0), row);
   asm volatile("" ::: "memory");
 }
 

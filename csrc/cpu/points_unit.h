@@ -48,34 +48,16 @@ void product_tile(const typename O::Cell* left, int64_t left_stride, const typen
     }
 }
 
-// Scale packed columns row by row, and take the mean of each away: distances stay, and what cancels in them gets small.
+// Scale packed columns row by row, and take the mean of each away.
 inline void scale_and_center(float* packed, int64_t count, int64_t depth, int64_t stride, const float* scales) {
-  const auto map = [&](float* column, auto f) ALWAYS_INLINE_LAMBDA {
-    int64_t r = 0;
-    for (; r + kWidth <= count; r += kWidth) vec_store(column + r, f(vec_load(column + r), r, kWidth));
-    const int rest = static_cast<int>(count - r);
-    if (rest) vec_store_n(column + r, f(vec_load_n(column + r, rest), r, rest), rest);
-  };
-  const int64_t width = packed_width(count);
-  for (int64_t k = 0; k < depth; k += 4) {
-    Vec sums[4];
+  for (int64_t k = 0; k < depth; ++k, packed += stride) {
+    for (int64_t r = 0; scales && r < count; ++r) packed[r] *= scales[r];
+    Vec sums[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+    for (int64_t r = 0; r < packed_width(count); r += kWidth) sums[0] = vec_add(sums[0], vec_load(packed + r));
     float totals[4];
-    const int columns = static_cast<int>(std::min<int64_t>(depth - k, 4));
-    for (int c = 0; c < 4; ++c) {
-      sums[c] = vec_zero();
-      if (c >= columns) continue;
-      float* column = packed + (k + c) * stride;
-      if (scales)
-        map(column, [&](Vec x, int64_t r, int n) ALWAYS_INLINE_LAMBDA {
-          return vec_fma(x, n == kWidth ? vec_load(scales + r) : vec_load_n(scales + r, n), vec_zero());
-        });
-      for (int64_t r = 0; r < width; r += kWidth) sums[c] = vec_add(sums[c], vec_load(column + r));
-    }
     vec_sum4(sums, totals);
-    for (int c = 0; c < columns; ++c) {
-      const Vec minus_mean = vec_set(-totals[c] / static_cast<float>(count));
-      map(packed + (k + c) * stride, [&](Vec x, int64_t, int) ALWAYS_INLINE_LAMBDA { return vec_add(x, minus_mean); });
-    }
+    const float mean = totals[0] / static_cast<float>(count);
+    for (int64_t r = 0; r < count; ++r) packed[r] -= mean;
   }
 }
 
@@ -118,6 +100,12 @@ void pack_pairs(const Rows& x, int64_t begin, int64_t depth, typename O::Cell* o
   }
 }
 
+inline void scale_products(const PointsUnit& u, const float* scales) {
+  const int64_t count = u.points->count, width = packed_width(count);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = i; j < count; ++j) u.out[i * width + j] *= scales[i] * scales[j];
+}
+
 inline int64_t points_scratch(int64_t count) { return points_stride(count) * kPackedColumns; }
 
 // The part of X X^T that is on or right of the diagonal, (width, width), over some columns of a part.
@@ -133,7 +121,7 @@ void points_gram_of(const PointsUnit& u, typename O::Cell* packed) {
       pack_pairs<O>(x, begin, depth, packed, stride);
     } else {
       pack(x, begin, depth, packed, stride);
-      scale_and_center(packed, x.rows, depth, stride, scales);
+      if (u.center) scale_and_center(packed, x.rows, depth, stride, scales);
     }
     for (int64_t j = 0; j < width; j += kProductVecs * kWidth) {
       const int vecs = static_cast<int>(std::min<int64_t>((width - j) / kWidth, kProductVecs));
@@ -147,18 +135,20 @@ void points_gram_of(const PointsUnit& u, typename O::Cell* packed) {
       }
     }
   }
-  if (O::kPack == 2 && scales)
-    for (int64_t i = 0; i < x.rows; ++i)
-      for (int64_t j = i; j < x.rows; ++j) u.out[i * width + j] *= scales[i] * scales[j];
+  if (scales && !u.center) scale_products(u, scales);
+}
+
+// Can the points be multiplied as bfloat16? What is left of their means cannot.
+inline bool all_bfloat16(const PointsUnit& u) {
+  const Rows& x = u.points->parts[u.part];
+  bool all = !u.center;
+  for (int64_t s = 0; s < x.num_sets; ++s) all = all && x.sets[s].dtype == Dtype::kBFloat16;
+  return all;
 }
 
 inline void points_gram(const PointsUnit& u, float* packed) {
-  if constexpr (Outer<bf16>::kPack == 2) {
-    const Rows& x = u.points->parts[u.part];
-    bool all = true;
-    for (int64_t s = 0; s < x.num_sets; ++s) all = all && x.sets[s].dtype == Dtype::kBFloat16;
-    if (all) return points_gram_of<Outer<bf16>>(u, reinterpret_cast<Outer<bf16>::Cell*>(packed));
-  }
+  if constexpr (Outer<bf16>::kPack == 2)
+    if (all_bfloat16(u)) return points_gram_of<Outer<bf16>>(u, reinterpret_cast<Outer<bf16>::Cell*>(packed));
   points_gram_of<Outer<float>>(u, packed);
 }
 
@@ -182,14 +172,11 @@ inline void pack_centers(const CentersUnit& u) {
   }
 }
 
-// Elements k .. k + some of rows r .. r + live of a set, one vector to a row.
+// Elements k .. k + some of rows r .. r + live of a set whose rows do not lie in one piece, one vector to a row.
 template <typename T>
 void load_rows(const RowSet& set, int64_t r, int live, int64_t k, int some, Vec* rows) {
   const T* from = static_cast<const T*>(set.data) + r * set.row_stride + k * set.column_stride;
-  if (set.column_stride == 1) {
-    for (int i = 0; i < live; ++i, from += set.row_stride)
-      rows[i] = some == kWidth ? vec_load(from) : vec_load_n(from, some);
-  } else if (set.row_stride == 1) {
+  if (set.row_stride == 1) {
     if (live == kWidth && some == kWidth)
       load_block<true>(from, set.column_stride, some, live, rows);
     else
@@ -205,11 +192,25 @@ void load_rows(const RowSet& set, int64_t r, int live, int64_t k, int some, Vec*
 
 template <typename T, typename F>
 ALWAYS_INLINE void for_each_vector_of(const RowSet& set, int64_t row, int64_t begin, int64_t end, const F& f) {
+  if (set.column_stride == 1) {
+    for (int64_t r = 0; r < set.rows; ++r) {
+      const T* from = static_cast<const T*>(set.data) + r * set.row_stride;
+      for (int64_t k = begin; k < end; k += kWidth) {
+        const int some = static_cast<int>(std::min<int64_t>(end - k, kWidth));
+        __builtin_prefetch(from + k + (end - begin), 0, 2);  // what is read of this row next
+        f(row + r, k, some, some == kWidth ? vec_load(from + k) : vec_load_n(from + k, some));
+      }
+    }
+    return;
+  }
   for (int64_t r = 0; r < set.rows; r += kWidth)
     for (int64_t k = begin; k < end; k += kWidth) {
       const int live = static_cast<int>(std::min<int64_t>(set.rows - r, kWidth)),
                 some = static_cast<int>(std::min<int64_t>(end - k, kWidth));
       Vec rows[kWidth];
+      if (set.row_stride == 1)  // what is read of these rows next
+        for (int i = 0; i < some; ++i)
+          __builtin_prefetch(static_cast<const T*>(set.data) + r + (k + i + end - begin) * set.column_stride, 0, 2);
       load_rows<T>(set, r, live, k, some, rows);
       for (int i = 0; i < live; ++i) f(row + r + i, k, some, rows[i]);
     }

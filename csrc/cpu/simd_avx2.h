@@ -60,10 +60,8 @@ inline Wide wide_add(Wide a, Wide b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline Wide wide_fma(Wide a, Wide b, Wide c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 inline Wide wide_load(const double* p) { return {_mm256_loadu_pd(p)}; }
 inline void wide_store(double* p, Wide a) { _mm256_storeu_pd(p, a.v); }
-inline void vec_widen(double* p, Vec a) {
-  _mm256_storeu_pd(p, _mm256_cvtps_pd(_mm256_castps256_ps128(a.v)));
-  _mm256_storeu_pd(p + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1)));
-}
+inline Wide wide_low(Vec a) { return {_mm256_cvtps_pd(_mm256_castps256_ps128(a.v))}; }
+inline Wide wide_high(Vec a) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, 1))}; }
 
 inline void vec_transpose(Vec* r) {
   __m256 a[8], b[8];

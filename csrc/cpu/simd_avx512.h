@@ -83,10 +83,8 @@ inline Wide wide_add(Wide a, Wide b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline Wide wide_fma(Wide a, Wide b, Wide c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 inline Wide wide_load(const double* p) { return {_mm512_loadu_pd(p)}; }
 inline void wide_store(double* p, Wide a) { _mm512_storeu_pd(p, a.v); }
-inline void vec_widen(double* p, Vec a) {
-  _mm512_storeu_pd(p, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
-  _mm512_storeu_pd(p + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)));
-}
+inline Wide wide_low(Vec a) { return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v))}; }
+inline Wide wide_high(Vec a) { return {_mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))}; }
 
 inline void vec_transpose(Vec* r) {
   __m512 a[16], b[16];

@@ -45,9 +45,8 @@ inline Wide wide_add(Wide a, Wide b) { return {a.v + b.v}; }
 inline Wide wide_fma(Wide a, Wide b, Wide c) { return {a.v * b.v + c.v}; }
 inline Wide wide_load(const double* p) { return {*reinterpret_cast<const WideRaw*>(p)}; }
 inline void wide_store(double* p, Wide a) { *reinterpret_cast<WideRaw*>(p) = a.v; }
-inline void vec_widen(double* p, Vec a) {
-  for (int i = 0; i < kWidth; ++i) p[i] = a.v[i];
-}
+inline Wide wide_low(Vec a) { return {WideRaw{a.v[0], a.v[1]}}; }
+inline Wide wide_high(Vec a) { return {WideRaw{a.v[2], a.v[3]}}; }
 
 inline void vec_transpose(Vec* rows) {
   for (int i = 0; i < 4; ++i)

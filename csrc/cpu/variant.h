@@ -68,6 +68,7 @@ struct ColumnUnit {
 
 struct PointsUnit {  // the inner products of all points over some columns of a part, as points_gram leaves them
   const Points* points;
+  bool center;  // take the mean of each column away
   int64_t part, begin, end;
   float* out;  // (width, width), of which only what is on or right of the diagonal means anything
 };
@@ -94,6 +95,7 @@ struct AssignUnit {  // some points of a problem, and its centroids as CentersUn
 struct UpdateUnit {  // some columns of a part, whose first column is column `first` of a point
   const UpdateProblem* problem;
   int64_t part, first, begin, end;
+  bool settled;  // every point is a member of the cluster of its label
   double* inertia;
 };
 
