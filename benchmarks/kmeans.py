@@ -37,9 +37,9 @@ OURS, RIVAL = Effort(2.0, 3, 9), Effort(0.1, 1, 3)
 
 
 def points_of(n: int, d: int, k: int) -> torch.Tensor:
-    """Noise around k centers that are as far from each other as it is wide."""
+    """Noise around k centers that are twice as far from each other as it is wide."""
     generator = torch.Generator().manual_seed(n)
-    centers = torch.randn(k, d, generator=generator)
+    centers = 2 * torch.randn(k, d, generator=generator)
     return (centers[torch.arange(n) % k] + torch.randn(n, d, generator=generator)) / d**0.5
 
 

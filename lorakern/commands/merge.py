@@ -1,6 +1,7 @@
 """`lorakern merge`: adapters from their files, merged module by module, into a file."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,17 @@ def run(
             take, or an `out` that exists (unless `force`) or is an input. `out` is as it was then.
     """
     check_output(out, job.sources, force)
-    with opened(job.sources) as adapters:
+    with opened(job.sources) as adapters, ThreadPoolExecutor(1) as hashing:
         how = "base_model in the recipe" if job.recipe else "--base-model"
         base = base_model(job.sources, adapters, job.base_model, how)
         check_adapters(adapters)
         config = shared_config(adapters, base or None)
         arguments, per_module = checked_arguments(job, adapters)
         told = described(job)
-        inputs = inputs_json(job, adapters)
-        result = {"output": str(out), "written": not dry_run, **told, "options": dict(job.options), "inputs": inputs}
+        result = {"output": str(out), "written": not dry_run, **told, "options": dict(job.options)}
+        digests = [hashing.submit(adapter.sha256) for adapter in adapters]
         if dry_run:
+            result["inputs"] = inputs_json(job, adapters, digests)
             with console.progress("checking") as progress:
                 planned = plan(adapters, job.method, arguments, per_module, job.dtype, progress)
             result |= {"modules": [vars(module) for module in planned]}
@@ -102,6 +104,7 @@ def run(
                 writer.add(module, factors)
                 ranks[module] = factors.rank
                 dtypes.add(str(factors.A.dtype).removeprefix("torch."))
+            inputs = result["inputs"] = inputs_json(job, adapters, digests)
             writer.card = card(
                 f"LoRA adapters merged by {job.method}",
                 find(job.method).summary,
@@ -142,12 +145,12 @@ def described(job: Job) -> dict[str, Any]:
     return told | {"normalize": job.normalize, "missing": job.missing}
 
 
-def inputs_json(job: Job, adapters: Sequence[AdapterFile]) -> list[dict[str, Any]]:
+def inputs_json(job: Job, adapters: Sequence[AdapterFile], digests: Sequence[Future[str]]) -> list[dict[str, Any]]:
     """The inputs as plain data; a weight that a recipe gives by module is None."""
     weights = job.weights or [None if job.per_module else 1.0] * len(adapters)
     return [
-        {"path": source.name, "sha256": adapter.sha256(), "modules": len(adapter), "weight": weight}
-        for source, adapter, weight in zip(job.sources, adapters, weights, strict=True)
+        {"path": source.name, "sha256": digest.result(), "modules": len(adapter), "weight": weight}
+        for source, adapter, digest, weight in zip(job.sources, adapters, digests, weights, strict=True)
     ]
 
 

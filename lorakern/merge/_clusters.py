@@ -10,7 +10,7 @@ import torch
 
 from lorakern.merge._units import Pool, pools
 from lorakern.merge.registry import Term
-from lorakern.ops import kmeans
+from lorakern.ops.kmeans import labels_of_grams
 
 # Numbers in the factors of the modules that are clustered in one call, unless one module has more.
 _BATCH_NUMBERS = 1 << 26
@@ -129,18 +129,18 @@ def _cluster(
             break
         points = [_points(pool, options) for pool in turning.values()]
         orders = [_order(products) for products in points]
-        results = kmeans(
-            [_coordinates(products[order][:, order]) for products, order in zip(points, orders, strict=True)],
+        results = labels_of_grams(
+            [_scaled(products[order][:, order]) for products, order in zip(points, orders, strict=True)],
             [counts[module] for module in turning],
+            [pool.weights[order] for pool, order in zip(turning.values(), orders, strict=True)],
             init=options.init,
             n_init=options.n_init,
             max_iter=options.max_iter,
             seed=seed,
-            weights=[pool.weights[order] for pool, order in zip(turning.values(), orders, strict=True)],
         )
         before, turning = turning, {}
         for (module, pool), products, order, result in zip(before.items(), points, orders, results, strict=True):
-            labels, k = _numbered(result.labels)
+            labels, k = _numbered(result)
             found[module] = clusters = Clusters(pool, products, labels[order.argsort()], k)
             if options.align_signs and (opposite := clusters.opposite()).any():
                 turning[module] = pool.turned(1.0 - 2.0 * opposite)
@@ -166,10 +166,9 @@ def _order(products: torch.Tensor) -> torch.Tensor:
     return order[length[order].argsort(stable=True, descending=True)]
 
 
-def _coordinates(products: torch.Tensor) -> torch.Tensor:
-    """Points (R, R) float32 that have these inner products, but for a factor that makes the longest as long as one."""
-    values, vectors = torch.linalg.eigh(products / (products.diagonal().amax() or 1.0))
-    return (vectors * values.clamp_min(0).sqrt()).float()
+def _scaled(products: torch.Tensor) -> torch.Tensor:
+    """As float32, by a factor that makes the longest as long as one."""
+    return (products / (products.diagonal().amax() or 1.0)).float()
 
 
 def _total(clusters: Clusters, options: Options) -> float:

@@ -121,8 +121,22 @@ def _norms(rows: torch.Tensor, norm: str) -> torch.Tensor:
     if norm == "l2":
         return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     # several times as fast as torch's own infinity norm
-    rows = rows.contiguous()
-    return torch.maximum(rows.amax(1), -rows.amin(1)).double()
+    if rows.stride(0) == 1 < rows.stride(1):
+        low, high = _extremes_of_columns(rows.T)
+    else:
+        low, high = rows.amin(1), rows.amax(1)
+    return torch.maximum(high, -low).double()
+
+
+def _extremes_of_columns(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(least, greatest) of each column; many rows are put side by side, since torch is slow on few columns."""
+    rows, columns = matrix.shape
+    together = max(1, min(256 // columns, rows))
+    whole = rows // together * together
+    wide = matrix[:whole].reshape(-1, together * columns)
+    low, high = wide.amin(0).view(together, columns), wide.amax(0).view(together, columns)
+    rest = matrix[whole:]
+    return torch.cat([low, rest]).amin(0), torch.cat([high, rest]).amax(0)
 
 
 def _joint(a: torch.Tensor, b: torch.Tensor, norm: str) -> torch.Tensor:

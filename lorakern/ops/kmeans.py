@@ -112,16 +112,54 @@ class _Task(NamedTuple):
 
     @property
     def trials(self):
-        return 2 + int(math.log(self.k))
+        return _trials(self.k)
 
     @property
     def draws(self):
-        return {"k-means++": 1 + (self.k - 1) * self.trials, "random": self.points.count}.get(self.method, 0)
+        return _draws(self.method, self.points.count, self.k)
 
     def random_seeds(self, table):
-        """Distinct points, drawn by weight: those with the largest log(u) / w (Efraimidis and Spirakis 2006)."""
-        keys = table[:, : self.points.count].log() / self.points.weights
-        return keys.topk(self.k, dim=1).indices
+        return _random_seeds(table, self.points.weights, self.k)
+
+
+def _trials(k):
+    """Of greedy k-means++, for each seed."""
+    return 2 + int(math.log(k))
+
+
+def _draws(method, count, k):
+    return {"k-means++": 1 + (k - 1) * _trials(k), "random": count}.get(method, 0)
+
+
+def _random_seeds(table, weights, k):
+    """Distinct points, drawn by weight: those with the largest log(u) / w (Efraimidis and Spirakis 2006)."""
+    return (table[:, : len(weights)].log() / weights).topk(k, dim=1).indices
+
+
+def labels_of_grams(
+    grams: list[torch.Tensor],
+    ks: list[int],
+    weights: list[torch.Tensor],
+    *,
+    init: str,
+    n_init: int,
+    max_iter: int,
+    seed: int,
+    tol: float = 1e-4,
+) -> list[torch.Tensor]:
+    """The labels that `kmeans` gives N points in N dimensions of which the inner products are known, (N, N) float32.
+
+    Weights are (N,) float64; the other arguments are those of `kmeans`, and nothing is checked.
+    """
+    table = uniforms(seed, n_init, max(_draws(init, len(g), k) for g, k in zip(grams, ks, strict=True)))
+    table = table.to(grams[0].device)
+    if init == "k-means++":
+        seeds = _clustering.seed(grams, weights, ks, [_trials(k) for k in ks], table)
+    else:
+        seeds = [_random_seeds(table, w, k) for w, k in zip(weights, ks, strict=True)]
+    labels, sqdist = table.new_empty(0, dtype=torch.int64), table.new_empty(0)
+    starts = seeds, [labels] * len(ks), [sqdist] * len(ks)
+    return _clustering.lloyd(grams, weights, ks, *starts, max_iter, [tol / len(g) for g in grams])[0]
 
 
 def _check_options(op, n_init, max_iter, tol, seed, space):
