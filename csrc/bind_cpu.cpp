@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/finite.h"
 #include "cpu/gram.h"
 #include "cpu/kmeans.h"
 #include "cpu/lora.h"
@@ -283,6 +284,11 @@ void lloyd(const std::vector<CloudTuple>& clouds, const std::vector<LloydTuple>&
   cpu::lloyd(problems, threads);
 }
 
+bool all_finite(uintptr_t data, int dtype, int64_t count) {
+  py::gil_scoped_release release;
+  return cpu::all_finite(pointer<const void>(data), static_cast<Dtype>(dtype), count);
+}
+
 uint64_t read_buffer(uintptr_t data, int64_t bytes, int threads) {
   py::gil_scoped_release release;
   return cpu::read_buffer(pointer<const void>(data), bytes, threads);
@@ -300,6 +306,7 @@ py::tuple fma_loop(bool bf16, int64_t rounds, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.attr("max_slices") = kMaxSlices;
+  m.def("all_finite", &all_finite);
   m.def("read_buffer", &read_buffer);
   m.def("fma_loop", &fma_loop);
   m.def("plan", &plan);

@@ -22,6 +22,7 @@ NAME = "cpu"
 VALIDATES = True  # index and rank values, and that y shares no memory with an input
 PROBES = 8  # columns of what `sketch` and `lines` multiply by
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES_AND_DOUBLE = _DTYPES | {torch.float64: 3}
 
 
 def missing():
@@ -34,6 +35,11 @@ def _call(function, *arguments):
         return function(*arguments, torch.get_num_threads())
     except ValueError as error:
         raise LorakernError(str(error)) from None
+
+
+def all_finite(tensor):
+    """Whether a contiguous tensor holds neither NaN nor infinity; on the calling thread alone."""
+    return _cpu.all_finite(tensor.data_ptr(), _DTYPES_AND_DOUBLE[tensor.dtype], tensor.numel())
 
 
 def _rows(tensor):
@@ -78,11 +84,10 @@ def _write(y, columns, y_offset, run):
 
 
 def _sets(matrices):
-    types = _DTYPES | {torch.float64: 3}
     for matrix in matrices:
         if matrix.device.type != "cpu":
             raise LorakernError(f"the cpu backend takes tensors on the CPU; got one on {matrix.device}")
-    return [(m.data_ptr(), types[m.dtype], m.shape[0], *m.stride()) for m in matrices]
+    return [(m.data_ptr(), _DTYPES_AND_DOUBLE[m.dtype], m.shape[0], *m.stride()) for m in matrices]
 
 
 def _row_sets(rows, sizes):
