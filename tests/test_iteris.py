@@ -197,6 +197,15 @@ def test_symmetric_systems_regular_and_singular():
     assert solve_symmetric(torch.zeros(3, 3, dtype=torch.float64), right[:, :3], 0.0)[1] == 3
 
 
+def test_nothing_runs_after_the_last_layer_that_is_wanted():
+    problem, runs = Problem(), []
+    problem.adapters = [{name: a[name] for name in ("0", "2")} for a in problem.adapters]
+    for name in "34":
+        problem.model.get_submodule(name).register_forward_pre_hook(lambda *_: runs.append(1))
+    solve(problem, iterations=2)
+    assert len(runs) == 2, "only the forward that finds the layers runs to its end"
+
+
 class Interrupt(BaseException):
     pass
 

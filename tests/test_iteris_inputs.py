@@ -197,6 +197,34 @@ def test_a_layer_that_does_not_run_is_named():
         solve(problem)
 
 
+class Moody(torch.nn.Module):
+    """Runs its second layer as often as the first number of the batch says."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(7, 7), torch.nn.Linear(7, 7)
+
+    def forward(self, x):
+        y = self.a(x)
+        for _ in range(int(x[0, 0])):
+            y = self.b(y)
+        return y
+
+
+def test_layers_may_run_often_but_as_often_in_all_batches():
+    model, g = Moody(), torch.Generator().manual_seed(0)
+    A, B, scale = torch.randn(2, 7, generator=g), torch.randn(7, 2, generator=g), 0.1
+    adapters = [{"a": (A, B, scale), "b": (B.T, A.T, scale)}]
+    x = torch.randn(40, 7, generator=g)
+    x[0, 0] = 3.0
+    solution = iteris.solve(model, adapters, [[x, x]], iterations=2)
+    assert torch.allclose(solution.updates["b"], scale * A.T @ B.T, atol=1e-3)
+    other = x.clone()
+    other[0, 0] = 2.0
+    with pytest.raises(lk.LorakernError, match=r"'b' runs 3 times in one batch and 2 times"):
+        iteris.solve(model, adapters, [[x, other]], iterations=2)
+
+
 def test_regmean_takes_no_iterations():
     problem = Problem()
     with pytest.raises(lk.LorakernError, match="takes no iterations"):

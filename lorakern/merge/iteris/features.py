@@ -1,7 +1,8 @@
 """Task models and the merged model on the same batches, and the inner products of what goes into their layers."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch.func import functional_call
@@ -51,7 +52,9 @@ class Features:
 
         def take(layer, x):
             inputs.append(x)
-            calls[layer].append((x.data_ptr(), x.shape, x.stride(), x._version))
+            # inference tensors have no version: what overwrites them cannot be seen, nor can they share
+            version = len(inputs) if x.is_inference() else x._version
+            calls[layer].append((x.data_ptr(), x.shape, x.stride(), version))
 
         with self._attached.use(self._names[:1]), _caught(self._layers, take):
             self._model(*batch.args, **batch.named)
@@ -63,6 +66,7 @@ class Features:
                     "it has no features; leave it out of the adapters"
                 )
             groups.setdefault(tuple(keys), []).append(layer)
+        self._calls = {layer: len(keys) for layer, keys in calls.items()}
         return [tuple(group) for group in groups.values()]
 
     def products(
@@ -76,6 +80,7 @@ class Features:
         Products of a batch are those of the features' own precision, float32 at least.
         """
         leads = [group[0] for group in groups]
+        calls = sum(self._calls[lead] for lead in leads)
         sums = {}
         for lead in leads:
             G = lead.weight.new_zeros(lead.d_in, lead.d_in, dtype=torch.float64)
@@ -84,23 +89,28 @@ class Features:
             features: dict[Layer, list[torch.Tensor]] = {lead: [] for lead in leads}
 
             def take(layer, x, batch=batch, features=features):
-                features[layer].append(self._rows(layer, x, batch.mask))
+                rows = self._rows(layer, x, batch.mask)
+                if merged is None:
+                    sums[layer][0].add_(rows.T @ rows)
+                features[layer].append(rows if merged is not None else None)
 
             def add(layer, x, batch=batch, features=features):
                 task, rows = features[layer].pop(0), self._rows(layer, x, batch.mask)
                 rows = torch.lerp(rows, task, ratio) if ratio else rows
                 C, G = sums[layer]
-                C += task.T @ rows
-                G += rows.T @ rows
+                C.add_(task.T @ rows)
+                G.add_(rows.T @ rows)
 
-            with self._attached.use([self._names[i]]), _caught(leads, take):
+            with self._attached.use([self._names[i]]), _caught(leads, take, calls):
                 self._model(*batch.args, **batch.named)
-            if merged is None:
-                for lead, calls in features.items():
-                    for rows in calls:
-                        sums[lead][0].add_(rows.T @ rows)
-            else:
-                with _caught(leads, add):
+            for lead, caught in features.items():
+                if len(caught) != self._calls[lead]:
+                    raise LorakernError(
+                        f"{self._op}: module {lead.name!r} runs {self._calls[lead]} times in one batch and "
+                        f"{len(caught)} times in another, so models cannot be compared; leave it out of the adapters"
+                    )
+            if merged is not None:
+                with _caught(leads, add, calls):
                     functional_call(self._model, merged, batch.args, batch.named, tie_weights=False)
         for lead in leads:
             if not all(bool(torch.isfinite(part).all()) for part in sums[lead]):
@@ -123,18 +133,30 @@ class Features:
         return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
 
 
+class _Enough(BaseException):
+    """Ends a forward; no error, so that no model takes it for one."""
+
+
 @contextmanager
-def _caught(layers: Sequence[Layer], take: Callable[[Layer, torch.Tensor], None]) -> Iterator[None]:
-    """Inside, `take` sees the input of every call of these layers."""
+def _caught(
+    layers: Sequence[Layer], take: Callable[[Layer, torch.Tensor], None], calls: int | None = None
+) -> Iterator[None]:
+    """Inside, `take` sees the input of every call of these layers.
+
+    The block ends after so many calls: what the model would compute further, such as its logits, nobody wants.
+    """
+    seen = itertools.count(1)
 
     def hook(layer):
         def before(module, inputs, named):
             (x,) = inputs or named.values()
             take(layer, x)
+            if next(seen) == calls:
+                raise _Enough
 
         return before
 
-    with ExitStack() as stack:
+    with suppress(_Enough), ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True).remove)
         yield

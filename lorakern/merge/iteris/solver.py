@@ -53,7 +53,8 @@ def solve(
     batch. Nothing is random. The model is unchanged afterwards, bit for bit, also after an error.
 
     Args:
-        model: any module whose targeted layers are `torch.nn.Linear` or transformers' `Conv1D`.
+        model: any module whose targeted layers are `torch.nn.Linear` or transformers' `Conv1D`, and run as often in
+            every batch as in the first one.
         adapters: N `LoraAdapter`s, or mappings from module path to (A (r, d_in), B (d_out, r), scale).
         samples: N sources, each a list of strings or the path of a JSONL file of {"text"} or {"prompt", "answer"}
             (joined as they are), both with `tokenizer`; or an iterable, not an iterator, of batches: dicts of model
