@@ -130,6 +130,7 @@ setup(
         "lorakern.integrations",
         "lorakern.integrations.vllm",
         "lorakern.merge",
+        "lorakern.merge.iteris",
         "lorakern.ops",
         "lorakern.triton_kernels",
     ],
