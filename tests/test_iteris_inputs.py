@@ -147,7 +147,7 @@ def once():
         (7, "must be a list of strings"),
         ("no/such/file.jsonl", "cannot be read.*path of a JSONL file"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_samples_that_cannot_be_used_are_refused(source, says):
     problem = Problem()
