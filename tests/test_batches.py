@@ -74,9 +74,8 @@ def test_every_epoch_has_each_example_once_in_an_order_of_the_generator(count, s
 
 def test_tokenised_batches_keep_their_order_and_get_what_they_lack():
     ids, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[1, 1, 0]])
-    first, second = read(
-        iter([{"input_ids": ids, "attention_mask": mask}, {"input_ids": [[6, 7, 8, 9]]}]), cutoff=3
-    ).epoch(torch.Generator())
+    data = iter([{"input_ids": ids, "attention_mask": mask}, {"input_ids": [[6, 7, 8, 9]]}])
+    first, second = read(data, cutoff=3).epoch(torch.Generator())
     assert first["labels"].tolist() == [[3, 4, IGNORED]] and first["attention_mask"].tolist() == [[1, 1, 0]]
     assert second["input_ids"].tolist() == second["labels"].tolist() == [[6, 7, 8]]
 

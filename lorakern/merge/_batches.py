@@ -143,9 +143,7 @@ def _batch(where: str, item: Mapping[str, Any], cutoff: int) -> Batch:
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     batch = {name: tensor[:, :cutoff] for name, tensor in batch.items()}
     if not (batch["labels"][:, 1:] != IGNORED).any():
-        raise LorakernError(
-            f"{where}: no label is left within the cutoff of {cutoff}; raise it, or leave the batch out"
-        )
+        raise LorakernError(f"{where}: no label is left within the cutoff of {cutoff}; raise it, or leave it out")
     return batch
 
 

@@ -51,7 +51,7 @@ class Soup:
     ) -> LoraAdapter:
         """The weighted sum of the adapters as one: exact at the sum of their ranks, or the best one of a lower rank.
 
-        ``sum_i w_i s_i B_i A_i`` for each module, by `lorakern.merge` with method "cat", or "svd" where a rank is given.
+        ``sum_i w_i s_i B_i A_i`` for each module, by `lorakern.merge` with method "cat", or "svd" for a rank.
 
         Args:
             rank: None, the rank at most, a share of the energy in (0, 1), or one of these for each module.
