@@ -187,14 +187,44 @@ def test_symmetric_systems_regular_and_singular():
     g = torch.Generator().manual_seed(3)
     X = torch.randn(20, 6, generator=g, dtype=torch.float64) * torch.logspace(-6, 2, 6, dtype=torch.float64)
     right = torch.randn(4, 6, generator=g, dtype=torch.float64)
-    W, undetermined = solve_symmetric(X.T @ X, right, 1e-14)
+    W, undetermined = solve_symmetric(X.T @ X, right, 1e-14, 1e-14)
     assert undetermined == 0
     assert error_ratio(W @ (X.T @ X), right) < 1e-9
     X = torch.randn(4, 6, generator=g, dtype=torch.float64)
-    W, undetermined = solve_symmetric(X.T @ X, right @ X.T @ X[:, :6], 1e-12)
+    W, undetermined = solve_symmetric(X.T @ X, right @ X.T @ X[:, :6], 1e-12, 1e-12)
     assert undetermined == 2
     assert error_ratio(W @ (X.T @ X), right @ X.T @ X) < 1e-9
-    assert solve_symmetric(torch.zeros(3, 3, dtype=torch.float64), right[:, :3], 0.0)[1] == 3
+    assert solve_symmetric(torch.zeros(3, 3, dtype=torch.float64), right[:, :3], 0.0, 0.0)[1] == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"lambda_source": None}, {"target": "full"}, {"coefficients": [0.5, 2.0]}])
+def test_the_objective_of_any_merge(options):
+    problem = Problem()
+    solution = solve(problem, iterations=2, **options)
+    arguments = problem.model, problem.adapters, problem.samples
+    assert iteris.objective(*arguments, solution.updates, **options) == solution.module_objectives[-1]
+    in_parts = iteris.objective(*arguments, solution.adapter(9).adapter, max_memory=4000, **options)
+    assert in_parts == pytest.approx(solution.module_objectives[-1], rel=1e-3)
+    worse = iteris.objective(*arguments, lk.merge(problem.adapters), **options)
+    assert sum(worse.values()) > solution.objectives[-1]
+    nothing = iteris.objective(*arguments, {}, **options)
+    assert sum(nothing.values()) > solution.objectives[-1]
+    for bad, says in (
+        ({"1": torch.ones(9, 7)}, "targeted by no adapter"),
+        ({"0": torch.ones(7, 9)}, r"shape \(9, 7\)"),
+    ):
+        with pytest.raises(lk.LorakernError, match=says):
+            iteris.objective(*arguments, bad, **options)
+    with pytest.raises(lk.LorakernError, match="merged must be"):
+        iteris.objective(*arguments, None, **options)
+
+
+def test_an_alpha_below_the_rounding_is_reported():
+    problem = Problem(sizes=(60, 5), tokens=(9,))
+    tiny = solve(problem, iterations=1, alpha=1e-15)
+    assert tiny.undetermined == {"0": 42}
+    none = solve(problem, iterations=1, alpha=0.0)
+    assert error_ratio(tiny.updates["0"], none.updates["0"]) < 1e-3
 
 
 def test_nothing_runs_after_the_last_layer_that_is_wanted():

@@ -142,6 +142,16 @@ def test_a_tensor_that_is_overwritten_is_two_inputs():
     assert error_ratio(solution.updates["c"], above @ torch.linalg.inv(sum(x.T @ x for x in X))) < 1e-4
 
 
+def test_inference_tensors_are_taken_too():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    (adapter,) = adapters_of(model, ["0"], count=1, scale=1.0)
+    with torch.inference_mode():
+        solution = iteris.solve(model, [adapter], [[torch.randn(30, 6)]], iterations=2)
+    A, B, scale = adapter["0"]
+    assert error_ratio(solution.updates["0"], scale * B @ A) < 1e-3
+    assert not solution.updates["0"].is_inference()
+
+
 class Bytes:
     """One token a byte."""
 

@@ -54,12 +54,13 @@ class Equations:
         D = self._D.clone()
         D.diagonal().add_(self._ridge)
         # Without a regulariser, what is below the rounding of the products is noise.
-        floor = len(D) * (torch.finfo(torch.float64).eps if self._ridge else unit)
+        noise = len(D) * unit
+        pivots = len(D) * torch.finfo(torch.float64).eps if self._ridge else noise
         right = self._right(1.0)
         if self._full:
             # for W less the weight, so that undetermined directions keep what the weight has there
             right.addmm_(self._layer.weight.double(), D, alpha=-1)
-        return solve_symmetric(D, right, floor)
+        return solve_symmetric(D, right, pivots, noise)
 
     def _right(self, ridge: float) -> torch.Tensor:
         """``sum_i w_i W_i C_i``, with `ridge` times the regulariser of C_i in it."""
@@ -73,21 +74,22 @@ class Equations:
         return right
 
 
-def solve_symmetric(D: torch.Tensor, right: torch.Tensor, floor: float) -> tuple[torch.Tensor, int]:
+def solve_symmetric(D: torch.Tensor, right: torch.Tensor, pivots: float, noise: float) -> tuple[torch.Tensor, int]:
     """W with ``W D = right`` by Cholesky, of least norm by eigenvectors where D is singular; and its null directions.
 
     Args:
         D: (n, n) float64, symmetric and positive semidefinite.
         right: (m, n) float64.
-        floor: pivots, and eigenvalues, below this share of the largest are zero.
+        pivots: of the triangle of D with ones on its diagonal; a smaller one, squared, makes it singular.
+        noise: eigenvalues of a singular D below this share of the largest are zero.
     """
     size = D.diagonal().sqrt()
     if bool((size > 0).all()):
         triangle, failed = torch.linalg.cholesky_ex(D / size / size[:, None])
-        if not failed and float(triangle.diagonal().amin()) ** 2 > floor:
+        if not failed and float(triangle.diagonal().amin()) ** 2 > pivots:
             return torch.cholesky_solve((right / size).T, triangle).T / size, 0
     values, vectors = torch.linalg.eigh(D)
-    kept = values > floor * values[-1]
+    kept = values > noise * values[-1]
     vectors = vectors[:, kept]
     return (right @ vectors / values[kept]) @ vectors.T, int((~kept).sum())
 

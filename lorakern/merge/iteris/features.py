@@ -1,6 +1,7 @@
 """Task models and the merged model on the same batches, and the inner products of what goes into their layers."""
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -46,15 +47,18 @@ class Features:
         Raises:
             LorakernError: a layer does not run.
         """
-        calls: dict[Layer, list] = {layer: [] for layer in self._layers}
-        # alive until the end, as the memory of a tensor that is gone may be another's
-        inputs = []
+        calls: dict[Layer, list[int]] = {layer: [] for layer in self._layers}
+        # by the tensors themselves, not their memory, which may be another's as soon as they are gone
+        tensors: list[tuple[weakref.ref, int]] = []
 
         def take(layer, x):
-            inputs.append(x)
-            # inference tensors have no version: what overwrites them cannot be seen, nor can they share
-            version = len(inputs) if x.is_inference() else x._version
-            calls[layer].append((x.data_ptr(), x.shape, x.stride(), version))
+            # what overwrites an inference tensor cannot be seen: it is shared with none
+            version = len(tensors) if x.is_inference() else x._version
+            known = (n for n, (tensor, then) in enumerate(tensors) if tensor() is x and then == version)
+            number = next(known, len(tensors))
+            if number == len(tensors):
+                tensors.append((weakref.ref(x), version))
+            calls[layer].append(number)
 
         with self._attached.use(self._names[:1]), _caught(self._layers, take):
             self._model(*batch.args, **batch.named)

@@ -25,10 +25,11 @@ class Solution:
         updates: module path in the model to the dense update (d_out, d_in), float32, on the CPU; also for layers that
             store their weight transposed.
         module_objectives: for the merged model after each sweep, module path to
-            ``sum_i c_i lambda_i ||X_i W_i^T - X~_i W^T||_F^2`` with X~ the features in that very model.
+            ``sum_i c_i lambda_i ||X_i W_i^T - X~_i W^T||_F^2`` with X~ the features in that very model, to some
+            1e-7 of ``sum_i c_i lambda_i ||X_i W_i^T||_F^2``.
         lambdas: module path to lambda of each adapter.
-        undetermined: module path to how many input directions the samples left open in the last sweep, for those
-            where alpha = 0 and too few tokens left any: the update is zero there.
+        undetermined: module path to how many input directions the samples left open in the last sweep, where alpha
+            is zero, or too small to tell them from rounding: the update is zero in them. Empty if there are none.
         fan_in_fan_out: whether the model's layers store their weights as (d_in, d_out).
     """
 

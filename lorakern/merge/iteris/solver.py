@@ -1,22 +1,17 @@
-"""`solve` and `regmean`: check the arguments, go through the sweeps, return the updates."""
+"""`solve` and its kin `regmean` and `objective`: what users call."""
 
-import numbers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
-from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
-from lorakern.merge.inputs import Factors, check_adapters
-from lorakern.merge.iteris.layers import checked_adapters, find_layers
-from lorakern.merge.iteris.samples import Samples
+from lorakern.merge.inputs import Factors
+from lorakern.merge.iteris.arguments import OP, check_whole, prepare
 from lorakern.merge.iteris.solution import Solution
-from lorakern.merge.iteris.state import State, StateFile, digest_of
-from lorakern.merge.iteris.sweeps import Options, Progress, Sweeps
-
-_OP = "iteris"
+from lorakern.merge.iteris.state import State, StateFile
+from lorakern.merge.iteris.sweeps import Progress
 
 
 def solve(
@@ -25,7 +20,7 @@ def solve(
     samples: Sequence[Any],
     *,
     iterations: int = 10,
-    alpha: float = 1e-7,
+    alpha: float = 1e-5,
     lambda_source: Literal["full", "delta"] | None = "full",
     target: Literal["delta", "full"] = "delta",
     ratio: float = 0.0,
@@ -60,7 +55,8 @@ def solve(
             (joined as they are), both with `tokenizer`; or an iterable, not an iterator, of batches: dicts of model
             inputs, whose attention_mask says what is padding, or tensors.
         iterations: how many sweeps; more than 1 runs the merged model too.
-        alpha: the regulariser, relative to the norms; 0 for none: then directions that no sample reaches stay zero.
+        alpha: the regulariser, relative to the norms; the paper takes 1e-4 or less. Without it, at 0, the update is
+            zero in directions that no sample reaches; far below 1e-6 rounding decides what it is there.
         lambda_source: W_i in lambda_i: the "full" weight W0 + s_i B_i A_i, as in the authors' code; the "delta"
             s_i B_i A_i alone; None for lambda_i = 1.
         target: W_i: the "delta" s_i B_i A_i, or the "full" weight, of which the update is what goes beyond W0.
@@ -70,7 +66,8 @@ def solve(
         batch_size: texts in a batch.
         max_length: tokens of a text at most.
         max_memory: bytes of sums that are kept at once. Layers are taken in groups that fit, with a pass over the
-            samples for each; the result is the same.
+            samples for each; the result is the same. Beside them there are the targeted weights once more, as
+            merged, and one set of updates.
         state: a folder that keeps the last whole sweep; a call with the same arguments (`iterations`, `max_memory`
             and `batch_size` of given batches aside) goes on from there, to the same bits.
         progress: called as progress(done, total, what) before each pass over the samples of one task.
@@ -83,7 +80,8 @@ def solve(
             of range, a layer that does not run or is not reached, features that are not finite, more memory needed than
             `max_memory`, or a state of other arguments. What `state` holds is then still the last good sweep.
 
-    IterIS: arXiv 2411.15231, from the formulas; the defaults are those of the authors' GLUE configuration.
+    IterIS: arXiv 2411.15231, from the formulas; iterations, max_length and lambda_source are those of the
+    authors' GLUE configuration.
 
     >>> import torch
     >>> from lorakern.merge import iteris
@@ -98,63 +96,95 @@ def solve(
     >>> torch.allclose(merged.updates["0"], 0.5 * tasks[0]["0"][1] @ tasks[0]["0"][0], atol=1e-4)
     True
     """
-    if not isinstance(model, torch.nn.Module):
-        raise LorakernError(f"{_OP}: model must be a torch.nn.Module; got {type(model).__name__}")
-    check_adapters(adapters)
-    count = len(adapters)
-    for name, value in (("iterations", iterations), ("batch_size", batch_size), ("max_length", max_length)):
-        _check_whole(name, value)
-    if max_memory is not None:
-        _check_whole("max_memory", max_memory)
-    _check_choice("lambda_source", lambda_source, ("full", "delta", None))
-    _check_choice("target", target, ("delta", "full"))
-    _check_number("alpha", alpha)
-    _check_number("ratio", ratio)
-    if ratio >= 1:
-        raise LorakernError(f"{_OP}: ratio must be below 1, where the merged model no longer counts; got {ratio!r}")
-    coefficients = [1.0] * count if coefficients is None else coefficients
-    if isinstance(coefficients, str) or not isinstance(coefficients, Sequence) or len(coefficients) != count:
-        raise LorakernError(f"{_OP}: coefficients must be {count} numbers, one per adapter; got {show(coefficients)}")
-    for i, coefficient in enumerate(coefficients):
-        _check_number(f"coefficients[{i}]", coefficient)
-    if not any(coefficients):
-        raise LorakernError(f"{_OP}: coefficients are all zero; give at least one adapter a weight")
-    if isinstance(samples, str) or not isinstance(samples, Sequence) or len(samples) != count:
-        got = f"{len(samples)}" if isinstance(samples, Sequence) else type(samples).__name__
-        raise LorakernError(f"{_OP}: samples must be a list of {count} sources, one per adapter; got {got}")
-
-    named = {f"adapter {i}": adapter for i, adapter in enumerate(checked_adapters(_OP, adapters))}
-    layers = find_layers(_OP, model, named)
-    device = layers[0].weight.device
-    text = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}
-    sources = [Samples(f"{_OP}: samples[{i}]", source, device, **text) for i, source in enumerate(samples)]
-    options = Options(float(alpha), lambda_source, target, float(ratio), tuple(map(float, coefficients)))
-    file = None
-    if state is not None:
-        hashes = {
-            "model": digest_of(model.state_dict().items()),
-            "adapters": [
-                digest_of((f"{m} {f.scale}", tensor) for m, f in adapter.items() for tensor in (f.A, f.B))
-                for adapter in named.values()
-            ],
-            "samples": [source.digest() for source in sources],
-        }
-        file = StateFile(_OP, state, options._asdict() | hashes)
+    check_whole("iterations", iterations)
+    sweeps = prepare(
+        model,
+        adapters,
+        samples,
+        alpha=alpha,
+        lambda_source=lambda_source,
+        target=target,
+        ratio=ratio,
+        coefficients=coefficients,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_memory=max_memory,
+        progress=progress,
+    )
+    file = None if state is None else StateFile(OP, state, sweeps.arguments())
     reached = State() if file is None else file.load()
     if reached.sweeps > iterations:
         raise LorakernError(
-            f"{_OP}: {state} has {reached.sweeps} sweeps already, iterations is {iterations}; ask for as many, or give "
+            f"{OP}: {state} has {reached.sweeps} sweeps already, iterations is {iterations}; ask for as many, or give "
             "another state folder"
         )
-    sweeps = Sweeps(_OP, model, named, layers, sources, options, max_memory, progress)
     reached = sweeps.run(reached, iterations, None if file is None else file.save)
-    return Solution(
-        reached.updates,
-        reached.objectives,
-        reached.lambdas,
-        reached.undetermined,
-        any(layer.transposed for layer in layers),
+    fields = reached.updates, reached.objectives, reached.lambdas, reached.undetermined
+    return Solution(*fields, fan_in_fan_out=sweeps.transposed)
+
+
+def objective(
+    model: torch.nn.Module,
+    adapters: Sequence[Factors],
+    samples: Sequence[Any],
+    merged: Mapping[str, Any],
+    *,
+    lambda_source: Literal["full", "delta"] | None = "full",
+    target: Literal["delta", "full"] = "delta",
+    coefficients: Sequence[float] | None = None,
+    tokenizer: Callable | None = None,
+    batch_size: int = 8,
+    max_length: int = 256,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """What `solve` minimises, for a merge made by any method: ``sum_i c_i lambda_i ||X_i W_i^T - X~_i W^T||_F^2``.
+
+    X~ are the features in the merged model itself, as in `Solution.objectives`.
+
+    Args:
+        model: as in `solve`.
+        adapters: as in `solve`.
+        samples: as in `solve`.
+        merged: module path to what is added to its weight: a dense update (d_out, d_in) or (A, B, scale); a
+            `LoraAdapter` or `Solution.updates`. Modules that it lacks are zero.
+        lambda_source: as in `solve`, and all further arguments.
+
+    Returns:
+        Module path to its objective.
+
+    Raises:
+        LorakernError: as `solve`, and for a module of `merged` that no adapter targets, or of another shape.
+
+    IterIS: arXiv 2411.15231.
+
+    >>> import torch, lorakern as lk
+    >>> from lorakern.merge import iteris
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    >>> tasks = [{"0": (torch.tensor([[1.0, 0.0]]), torch.ones(1, 1), 1.0)},
+    ...          {"0": (torch.tensor([[0.0, 1.0]]), torch.ones(1, 1), 1.0)}]
+    >>> x = [[torch.tensor([[1.0, 0.0]])], [torch.tensor([[0.0, 2.0]])]]
+    >>> mean = lk.merge(tasks, weights=[0.5, 0.5])
+    >>> iteris.objective(model, tasks, x, mean, lambda_source=None)  # of 1 and of 2 a half is missing
+    {'0': 1.25}
+    """
+    sweeps = prepare(
+        model,
+        adapters,
+        samples,
+        alpha=0.0,
+        lambda_source=lambda_source,
+        target=target,
+        ratio=0.0,
+        coefficients=coefficients,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_memory=max_memory,
+        progress=progress,
     )
+    return sweeps.objective(merged)
 
 
 def regmean(
@@ -187,23 +217,5 @@ def regmean(
     [[1.0, 1.0]]
     """
     if taken := {"iterations", "lambda_source"} & set(options):
-        raise LorakernError(
-            f"{_OP}: regmean has one sweep and lambda = 1 and takes no {min(taken)}; use solve for that"
-        )
+        raise LorakernError(f"{OP}: regmean has one sweep and lambda = 1 and takes no {min(taken)}; use solve for that")
     return solve(model, adapters, samples, iterations=1, alpha=alpha, lambda_source=None, **options)
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LorakernError(f"{_OP}: {name} must be a positive integer; got {show(value)}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not plain or not 0 <= float(value) < float("inf"):
-        raise LorakernError(f"{_OP}: {name} must be a finite number of at least 0; got {show(value)}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if not any(value is choice or value == choice for choice in choices):
-        raise LorakernError(f"{_OP}: {name} must be one of {', '.join(map(repr, choices))}; got {show(value)}")

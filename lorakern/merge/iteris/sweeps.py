@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from lorakern.adapters.factors import checked
+from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.merge.inputs import Factors
 from lorakern.merge.iteris.equations import Equations, energies
 from lorakern.merge.iteris.features import Features, Group
 from lorakern.merge.iteris.layers import Layer
 from lorakern.merge.iteris.samples import Samples
-from lorakern.merge.iteris.state import State
+from lorakern.merge.iteris.state import State, digest_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,6 +44,8 @@ class Sweeps:
         progress: Progress | None,
     ) -> None:
         self._op = op
+        self._model = model
+        self._adapters = adapters
         self._layers = layers
         self._samples = samples
         self._options = options
@@ -55,10 +59,7 @@ class Sweeps:
         if state.sweeps == iterations == len(state.objectives):
             return state
         with self._features.running():
-            parts = self._parts(self._features.groups(next(iter(self._samples[0]))))
-            passes = (iterations - state.sweeps + 1) * len(parts) * len(self._samples)
-            self._ticks = iter(range(passes))
-            self._passes = passes
+            parts = self._begin(iterations - state.sweeps + 1)
             while state.sweeps < iterations:
                 state = self._sweep(state, parts, solving=True)
                 if save is not None:
@@ -67,6 +68,60 @@ class Sweeps:
             if save is not None:
                 save(state)
         return state
+
+    def objective(self, merged: Mapping[str, Any]) -> dict[str, float]:
+        """By module, of updates that are dense or (A, B, scale)."""
+        state = State(1, self._dense(merged))
+        with self._features.running():
+            parts = self._begin(2)
+            for _ in self._equations(parts, None, state, "lambdas"):
+                # all that is wanted of the task models' features are lambda and the energies in `state`
+                pass
+            return self._sweep(state, parts, solving=False).objectives[0]
+
+    def arguments(self) -> dict[str, Any]:
+        """What the result of a sweep depends on, short enough to compare."""
+        adapters = (
+            ((f"{module} {f.scale}", tensor) for module, f in adapter.items() for tensor in (f.A, f.B))
+            for adapter in self._adapters.values()
+        )
+        return self._options._asdict() | {
+            "model": digest_of(self._model.state_dict().items()),
+            "adapters": [digest_of(tensors) for tensors in adapters],
+            "samples": [samples.digest() for samples in self._samples],
+        }
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the layers store their weights as (d_in, d_out)."""
+        return any(layer.transposed for layer in self._layers)
+
+    def _dense(self, merged: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        if not isinstance(merged, Mapping):
+            raise LorakernError(
+                f"{self._op}: merged must be a LoraAdapter or a mapping of module to update; got {show(merged)}"
+            )
+        shapes = {layer.name: tuple(layer.weight.shape) for layer in self._layers}
+        updates = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        for name, update in merged.items():
+            if not isinstance(update, torch.Tensor):
+                A, B, scale = checked(name, update)
+                update = scale * B.detach().float() @ A.detach().float()
+            if shapes.get(name) != tuple(update.shape):
+                takes = f"has the shape {shapes[name]}" if name in shapes else "is targeted by no adapter"
+                raise LorakernError(
+                    f"{self._op}: merged holds {tuple(update.shape)} for module {name!r}, which {takes}; give a "
+                    "merge of these adapters, by the names of the model"
+                )
+            updates[name] = update
+        return updates
+
+    def _begin(self, passes: int) -> list[list[Group]]:
+        """The layers in parts; `passes` over all samples are to come, of each part."""
+        parts = self._parts(self._features.groups(next(iter(self._samples[0]))))
+        self._passes = passes * len(parts) * len(self._samples)
+        self._ticks = iter(range(self._passes))
+        return parts
 
     def _parts(self, groups: list[Group]) -> list[list[Group]]:
         """The groups in parts whose sums fit into `max_memory`, in their order."""
