@@ -144,7 +144,7 @@ def learn(
     (True, True, 8)
     """
     op = "learn"
-    _check_choice(op, "parametrisation", parametrisation, PARAMETRISATIONS)
+    check_choice(op, "parametrisation", parametrisation, PARAMETRISATIONS)
     for name, value, least in (
         ("epochs", epochs, 1),
         ("batch_size", batch_size, 1),
@@ -153,8 +153,7 @@ def learn(
         ("seed", seed, None),
     ):
         check_integer(op, name, value, least)
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
-        raise LorakernError(f"{op}: lr must be a positive number, got {show(lr)}")
+    check_number(op, "lr", lr)
     adapters = checked_adapters(adapters, base_model_name_or_path)
     batches = Batches(op, data, tokenizer, batch_size, cutoff)
     with torch.inference_mode(False), torch.enable_grad():
@@ -251,7 +250,15 @@ def check_integer(op: str, name: str, value: Any, least: int | None) -> None:
         raise LorakernError(f"{op}: {name} must be an integer{at_least}, got {show(value)}")
 
 
-def _check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_number(op: str, name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise unless `value` is a finite number above 0, or 0 where that is allowed."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf or (zero and value == 0)):
+        raise LorakernError(f"{op}: {name} must be a positive number{' or 0' if zero else ''}, got {show(value)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of these words."""
     if value not in choices:
         raise LorakernError(f"{op}: {name} must be one of {', '.join(choices)}, got {show(value)}")
 
