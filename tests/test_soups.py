@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import merging
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from merging import update
 from problems import error_ratio
 from tiny_models import FEW, adapter, assert_unchanged, batches, gpt2, llama, logits, snapshot, teacher_batches, three
@@ -41,6 +44,22 @@ def test_fixed_gates_are_the_cat_merge(seed):
         theirs = logits(model, batches()[0])
     assert error_ratio(ours, theirs) < 1e-5
     assert error_ratio(ours, logits(model, batches()[0])) > 1e-2
+
+
+@given(merging.adapters(), st.integers(0, 99))
+def test_every_layer_adds_the_cat_merge_whatever_the_ranks_scales_and_dtypes(adapters, seed):
+    g = torch.Generator().manual_seed(seed)
+    layers = {name: torch.nn.Linear(d_in, d_out) for name, (d_out, d_in) in merging.SHAPES.items()}
+    with GatedModel("test", torch.nn.ModuleDict(layers), soups.checked_adapters(adapters, None)) as gated:
+        gated.gates = torch.randn(gated.held.shape, generator=g)
+        for module, gates in zip(gated.modules, gated.gates.tolist(), strict=True):
+            x = torch.randn(2, 3, layers[module].in_features, generator=g)
+            base = torch.nn.functional.linear(x, layers[module].weight, layers[module].bias)
+            delta = x.double() @ merging.total(adapters, gates, module).T
+            # roundings are relative to the terms, which may cancel in the sum
+            largest = max(update(a[module]).abs().amax() for a in adapters if module in a)
+            allowed = 1e-5 * (base.abs().amax() + delta.abs().amax() + 10 * largest)
+            assert (layers[module](x).double() - base.double() - delta).abs().amax() < allowed
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -308,6 +327,21 @@ def test_a_base_model_name_can_be_given():
     adapters = misfits(model)["base_model_name_or_path is 'a'"]
     soup = soups.learn(model, adapters, batches(1), base_model_name_or_path="c")
     assert soup.merged.config.base_model_name_or_path == "c"
+
+
+@pytest.mark.parametrize("returned", [None, 1.5, torch.ones(2)])
+def test_a_model_without_a_loss_is_refused(returned):
+    model = llama()
+    model.register_forward_hook(lambda *_: SimpleNamespace(loss=returned))
+    with pytest.raises(lk.LorakernError, match="must return an object with a loss"):
+        soups.learn(model, three(model), batches())
+
+
+def test_a_model_that_does_not_run_the_targeted_layers_is_refused():
+    model = llama()
+    model.spare = torch.nn.Linear(4, 4)
+    with pytest.raises(lk.LorakernError, match="does not depend on any targeted layer"):
+        soups.learn(model, [{"spare": (torch.ones(2, 4), torch.ones(4, 2), 1.0)}], batches())
 
 
 def test_a_model_that_is_none_is_refused():

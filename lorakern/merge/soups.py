@@ -204,6 +204,11 @@ class _Run:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise self._not_finite("loss", value, good, total)
+                if not loss.requires_grad:
+                    raise LorakernError(
+                        "learn: the loss does not depend on any targeted layer; give the model that runs the layers "
+                        "of the adapters, with gradients"
+                    )
                 good = self.theta.detach().clone()
                 loss.backward()
                 if not self.theta.grad.isfinite().all():
@@ -223,9 +228,15 @@ class _Run:
 
 
 def loss_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The model's own loss of a batch."""
+    """The model's own loss of a batch; raises for a model that has none."""
     device = next(model.parameters()).device
-    return model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+    loss = getattr(model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False), "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise LorakernError(
+            f"model must return an object with a loss when it is given labels, got {show(loss)} from "
+            f"{type(model).__name__}; load it by transformers' AutoModelForCausalLM"
+        )
+    return loss
 
 
 def checked_adapters(adapters: Any, base_model_name_or_path: str | None) -> list[Mapping[str, LoraFactors]]:
