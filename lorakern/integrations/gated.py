@@ -55,6 +55,17 @@ class GatedModel:
 
     Raises:
         LorakernError: an adapter that does not fit the model. The model has not changed then.
+
+    >>> import torch, lorakern as lk
+    >>> from lorakern.integrations.gated import GatedModel
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    >>> ones = lk.LoraAdapter({"0": (torch.ones(3, 4), torch.ones(2, 3), 0.5)})
+    >>> x = torch.ones(1, 4)
+    >>> with GatedModel("example", model, [ones, ones]) as gated:
+    ...     gated.gates = torch.tensor([[2.0, -1.0]], requires_grad=True)
+    ...     mixed = model(x)
+    >>> (mixed - model(x)).round().tolist()
+    [[6.0, 6.0]]
     """
 
     def __init__(self, op: str, model: torch.nn.Module, adapters: Sequence[Mapping[str, LoraFactors]]) -> None:

@@ -48,6 +48,12 @@ class Hub:
         score: the objective there, the mean loss with the L1 term.
         trace: (weights, score) of every candidate, in the order in which they were tried.
         combine: how the weights apply, see `search`.
+
+    >>> import torch
+    >>> from lorakern.merge.lorahub import Hub
+    >>> a = {"proj": (torch.ones(2, 8), torch.ones(6, 2), 0.5)}
+    >>> Hub([a, a], (0.5, 1.0), 2.0, (), "cat", None).adapter()["proj"].rank
+    4
     """
 
     adapters: Sequence[Factors] = field(repr=False)

@@ -46,15 +46,13 @@ class Soup:
         """`adapter` as it is, at the sum of the ranks."""
         return self.adapter()
 
-    def adapter(
-        self, rank: int | float | Mapping[str, int | float | None] | None = None, *, dtype: torch.dtype | None = None
-    ) -> LoraAdapter:
+    def adapter(self, rank: int | float | None = None, *, dtype: torch.dtype | None = None) -> LoraAdapter:
         """The weighted sum of the adapters as one: exact at the sum of their ranks, or the best one of a lower rank.
 
         ``sum_i w_i s_i B_i A_i`` for each module, by `lorakern.merge` with method "cat", or "svd" for a rank.
 
         Args:
-            rank: None, the rank at most, a share of the energy in (0, 1), or one of these for each module.
+            rank: None, the rank at most, or a share of the energy in (0, 1).
             dtype: of the factors; None for what the adapters' own promote to.
 
         Raises:
@@ -195,9 +193,7 @@ class _Run:
         for _ in range(epochs):
             for batch in batches.epoch(generator):
                 done = len(self.losses)
-                rise = (done + 1) / warmup if done < warmup else 1.0
-                fall = (total - done) / (total - warmup) if done >= warmup else 1.0
-                optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
+                optimizer.param_groups[0]["lr"] = lr * _share_of_rate(done, total, warmup)
                 optimizer.zero_grad()
                 self.gated.gates = self.weights(self.theta)
                 loss = loss_of(self.gated.model, batch)
@@ -225,6 +221,11 @@ class _Run:
         )
         error.soup = self.soup(good)
         return error
+
+
+def _share_of_rate(done: int, total: int, warmup: int) -> float:
+    """A linear rise over the warm-up, then a linear fall to 0 at the end."""
+    return (done + 1) / warmup if done < warmup else (total - done) / (total - warmup)
 
 
 def loss_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
