@@ -1,29 +1,20 @@
 """LoRA Soups: the gated model against merged adapters and dense formulas, and what learning does."""
 
-import copy
 from types import SimpleNamespace
 
+import merging
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from merging import update
 from problems import error_ratio
-from tiny_models import adapter, batches, llama, logits
+from tiny_models import FEW, adapter, assert_unchanged, batches, gpt2, llama, logits, snapshot, teacher_batches, three
 
 import lorakern as lk
 from lorakern.integrations.gated import GatedModel
 from lorakern.integrations.transformers import attach
 from lorakern.merge import soups
-
-FEW = "self_attn.q_proj"
-
-
-def three(model):
-    """Adapters of different ranks and scales; the second has only some of the modules."""
-    return [
-        adapter(model, 3, 0.5, seed=1),
-        adapter(model, 5, 2.0, seed=2, targets=FEW),
-        adapter(model, 1, -1.0, seed=3, targets=("v_proj", FEW)),
-    ]
 
 
 def dense_logits(model, adapters, modules, gates, ids):
@@ -33,23 +24,10 @@ def dense_logits(model, adapters, modules, gates, ids):
         dense = model.get_submodule(module).weight.detach()
         for i, factors in enumerate(adapters):
             if module in factors:
-                dense = dense + gates[m, i] * update(factors[module]).to(dense.dtype)
+                delta = gates[m, i] * update(factors[module]).to(dense.dtype)
+                dense = dense + (delta if isinstance(model.get_submodule(module), torch.nn.Linear) else delta.T)
         weights[f"{module}.weight"] = dense
     return torch.func.functional_call(model, weights, kwargs={"input_ids": ids, "use_cache": False}).logits
-
-
-def snapshot(model):
-    return (
-        {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()},
-        {name: (m.training, len(m._forward_hooks)) for name, m in model.named_modules()},
-    )
-
-
-def assert_unchanged(model, before):
-    tensors, flags, modes = snapshot(model)
-    assert tensors.keys() == before[0].keys() and all(torch.equal(t, before[0][name]) for name, t in tensors.items())
-    assert (flags, modes) == before[1:]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -68,9 +46,26 @@ def test_fixed_gates_are_the_cat_merge(seed):
     assert error_ratio(ours, logits(model, batches()[0])) > 1e-2
 
 
+@given(merging.adapters(), st.integers(0, 99))
+def test_every_layer_adds_the_cat_merge_whatever_the_ranks_scales_and_dtypes(adapters, seed):
+    g = torch.Generator().manual_seed(seed)
+    layers = {name: torch.nn.Linear(d_in, d_out) for name, (d_out, d_in) in merging.SHAPES.items()}
+    with GatedModel("test", torch.nn.ModuleDict(layers), soups.checked_adapters(adapters, None)) as gated:
+        gated.gates = torch.randn(gated.held.shape, generator=g)
+        for module, gates in zip(gated.modules, gated.gates.tolist(), strict=True):
+            x = torch.randn(2, 3, layers[module].in_features, generator=g)
+            base = torch.nn.functional.linear(x, layers[module].weight, layers[module].bias)
+            delta = x.double() @ merging.total(adapters, gates, module).T
+            # roundings are relative to the terms, which may cancel in the sum
+            largest = max(update(a[module]).abs().amax() for a in adapters if module in a)
+            allowed = 1e-5 * (base.abs().amax() + delta.abs().amax() + 10 * largest)
+            assert (layers[module](x).double() - base.double() - delta).abs().amax() < allowed
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_gradients_are_those_of_dense_weights(dtype, tolerance):
-    exact, model = llama(dtype=torch.float64), llama(dtype=dtype)
+def test_gradients_are_those_of_dense_weights(build, dtype, tolerance):
+    exact, model = build(dtype=torch.float64), build(dtype=dtype)
     adapters, ids = three(model), batches(length=9)[0]["input_ids"]
     backend = "reference" if dtype == torch.float64 else "cpu"
     with GatedModel("test", model, adapters) as gated, lk.use_backend(backend):
@@ -128,16 +123,6 @@ def test_equal_adapters_under_softmax_come_back():
         assert factors.rank == 12
         assert error_ratio(update(factors), update(same[module])) < 1e-6
         assert error_ratio(update(soup.adapter(rank=4)[module]), update(same[module])) < 1e-5
-
-
-def teacher_batches(model, teacher, count=6):
-    """What the model with the adapter `teacher` predicts, as labels."""
-    data = batches(count, rows=3, length=12, seed=5)
-    with attach(model, {"teacher": teacher}).use(["teacher"]):
-        for batch in data:
-            predicted = logits(model, batch).argmax(-1)
-            batch["labels"] = torch.cat([torch.full((3, 1), -100), predicted[:, :-1]], 1)
-    return data
 
 
 @pytest.mark.parametrize("parametrisation", soups.PARAMETRISATIONS)
@@ -344,20 +329,30 @@ def test_a_base_model_name_can_be_given():
     assert soup.merged.config.base_model_name_or_path == "c"
 
 
+@pytest.mark.parametrize("returned", [None, 1.5, torch.ones(2)])
+def test_a_model_without_a_loss_is_refused(returned):
+    model = llama()
+    model.register_forward_hook(lambda *_: SimpleNamespace(loss=returned))
+    with pytest.raises(lk.LorakernError, match="must return an object with a loss"):
+        soups.learn(model, three(model), batches())
+
+
+def test_a_model_that_does_not_run_the_targeted_layers_is_refused():
+    model = llama()
+    model.spare = torch.nn.Linear(4, 4)
+    with pytest.raises(lk.LorakernError, match="does not depend on any targeted layer"):
+        soups.learn(model, [{"spare": (torch.ones(2, 4), torch.ones(4, 2), 1.0)}], batches())
+
+
 def test_a_model_that_is_none_is_refused():
     with pytest.raises(lk.LorakernError, match=r"model must be a torch.nn.Module; got str"):
         soups.learn("llama", three(llama()), batches())
 
 
-def test_conv1d_and_plain_tuples():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4)
-    ).eval()
-    name = "transformer.h.1.attn.c_attn"
+def test_plain_tuples_and_a_layer_of_the_other_layout():
+    model, name = gpt2(), "transformer.h.1.attn.c_attn"
     adapters = [{name: (torch.randn(r, 32) * 0.2, torch.randn(96, r) * 0.2, 1.0)} for r in (2, 5)]
-    soup = soups.learn(copy.deepcopy(model), adapters, batches(), lr=0.1, warmup=0)
+    soup = soups.learn(model, adapters, batches(), lr=0.1, warmup=0)
     with attach(model, {"soup": soup.merged}).use(["soup"]):
         merged = logits(model, batches()[0])
     with GatedModel("test", model, soup.adapters) as gated:

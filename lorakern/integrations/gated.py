@@ -55,13 +55,24 @@ class GatedModel:
 
     Raises:
         LorakernError: an adapter that does not fit the model. The model has not changed then.
+
+    >>> import torch, lorakern as lk
+    >>> from lorakern.integrations.gated import GatedModel
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False))
+    >>> ones = lk.LoraAdapter({"0": (torch.ones(3, 4), torch.ones(2, 3), 0.5)})
+    >>> x = torch.ones(1, 4)
+    >>> with GatedModel("example", model, [ones, ones]) as gated:
+    ...     gated.gates = torch.tensor([[2.0, -1.0]], requires_grad=True)
+    ...     mixed = model(x)
+    >>> (mixed - model(x)).round().tolist()
+    [[6.0, 6.0]]
     """
 
     def __init__(self, op: str, model: torch.nn.Module, adapters: Sequence[Mapping[str, LoraFactors]]) -> None:
         if not isinstance(model, torch.nn.Module):
             raise LorakernError(f"{op}: model must be a torch.nn.Module; got {type(model).__name__}")
         self.model = model
-        self.gates: torch.Tensor | None = None
+        self.gates = None
         self.crossed = False
         self._routes: dict[tuple, Route] = {}
         self._layers = _layers(op, model, adapters)
@@ -70,6 +81,16 @@ class GatedModel:
         self.held = torch.zeros(len(self.modules), len(adapters), dtype=torch.bool, device=first[1].A.device)
         for row, (_, layer) in zip(self.held, self._layers.values(), strict=True):
             row[layer.holders] = True
+
+    @property
+    def gates(self) -> torch.Tensor | None:
+        return self._gates
+
+    @gates.setter
+    def gates(self, gates: torch.Tensor | None) -> None:
+        self._gates = gates
+        # one node of the graph for all layers
+        self._rows = None if gates is None else gates.unbind()
 
     def __enter__(self) -> "GatedModel":
         self._training = {module: module.training for module in self.model.modules()}
@@ -96,10 +117,10 @@ class GatedModel:
 
     def _hook(self, m: int, layer: Layer):
         def add_update(module, inputs, named, y):
-            if self.gates is None:
+            if self._rows is None:
                 return None
             (x,) = inputs or named.values()
-            gates = self.gates[m].to(x.device, layer.scale.dtype)
+            gates = self._rows[m].to(x.device, layer.scale.dtype)
             if len(gates) > len(layer.holders):
                 gates = gates[layer.holders]
             route = self._route(x.numel() // layer.d_in, len(layer.holders), x.device)

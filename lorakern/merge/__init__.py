@@ -1,7 +1,8 @@
 """Merge LoRA adapters into one, from their factors.
 
 ``lorakern.merge`` is this package, and calling it is calling `merge`: ``lk.merge([a, b], method="ties")``. Every method
-is a file here, found by its name in `methods`; `method` (a decorator) and `register` add one.
+is a file here, found by its name in `methods`; `method` (a decorator) and `register` add one. `soups.learn` and
+`lorahub.search` find the weights from data, with a model.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     knots,
     lego,
     linear,
+    lorahub,
     lorahub_linear,
     magnitude_prune,
     peft_dare_linear,
@@ -23,6 +25,7 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     peft_linear,
     peft_magnitude_prune,
     peft_ties,
+    soups,
     svd,
     ties,
 )
@@ -43,12 +46,14 @@ __all__ = [
     "Term",
     "lego_map",
     "lego_picture",
+    "lorahub",
     "merge",
     "merge_modules",
     "method",
     "methods",
     "module_generator",
     "register",
+    "soups",
 ]
 
 

@@ -46,15 +46,13 @@ class Soup:
         """`adapter` as it is, at the sum of the ranks."""
         return self.adapter()
 
-    def adapter(
-        self, rank: int | float | Mapping[str, int | float | None] | None = None, *, dtype: torch.dtype | None = None
-    ) -> LoraAdapter:
+    def adapter(self, rank: int | float | None = None, *, dtype: torch.dtype | None = None) -> LoraAdapter:
         """The weighted sum of the adapters as one: exact at the sum of their ranks, or the best one of a lower rank.
 
         ``sum_i w_i s_i B_i A_i`` for each module, by `lorakern.merge` with method "cat", or "svd" for a rank.
 
         Args:
-            rank: None, the rank at most, a share of the energy in (0, 1), or one of these for each module.
+            rank: None, the rank at most, or a share of the energy in (0, 1).
             dtype: of the factors; None for what the adapters' own promote to.
 
         Raises:
@@ -144,7 +142,7 @@ def learn(
     (True, True, 8)
     """
     op = "learn"
-    _check_choice(op, "parametrisation", parametrisation, PARAMETRISATIONS)
+    check_choice(op, "parametrisation", parametrisation, PARAMETRISATIONS)
     for name, value, least in (
         ("epochs", epochs, 1),
         ("batch_size", batch_size, 1),
@@ -153,8 +151,7 @@ def learn(
         ("seed", seed, None),
     ):
         check_integer(op, name, value, least)
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf"):
-        raise LorakernError(f"{op}: lr must be a positive number, got {show(lr)}")
+    check_number(op, "lr", lr)
     adapters = checked_adapters(adapters, base_model_name_or_path)
     batches = Batches(op, data, tokenizer, batch_size, cutoff)
     with torch.inference_mode(False), torch.enable_grad():
@@ -196,15 +193,18 @@ class _Run:
         for _ in range(epochs):
             for batch in batches.epoch(generator):
                 done = len(self.losses)
-                rise = (done + 1) / warmup if done < warmup else 1.0
-                fall = (total - done) / (total - warmup) if done >= warmup else 1.0
-                optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
+                optimizer.param_groups[0]["lr"] = lr * _share_of_rate(done, total, warmup)
                 optimizer.zero_grad()
                 self.gated.gates = self.weights(self.theta)
                 loss = loss_of(self.gated.model, batch)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise self._not_finite("loss", value, good, total)
+                if not loss.requires_grad:
+                    raise LorakernError(
+                        "learn: the loss does not depend on any targeted layer; give the model that runs the layers "
+                        "of the adapters, with gradients"
+                    )
                 good = self.theta.detach().clone()
                 loss.backward()
                 if not self.theta.grad.isfinite().all():
@@ -223,10 +223,21 @@ class _Run:
         return error
 
 
+def _share_of_rate(done: int, total: int, warmup: int) -> float:
+    """A linear rise over the warm-up, then a linear fall to 0 at the end."""
+    return (done + 1) / warmup if done < warmup else (total - done) / (total - warmup)
+
+
 def loss_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The model's own loss of a batch."""
+    """The model's own loss of a batch; raises for a model that has none."""
     device = next(model.parameters()).device
-    return model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+    loss = getattr(model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False), "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise LorakernError(
+            f"model must return an object with a loss when it is given labels, got {show(loss)} from "
+            f"{type(model).__name__}; load it by transformers' AutoModelForCausalLM"
+        )
+    return loss
 
 
 def checked_adapters(adapters: Any, base_model_name_or_path: str | None) -> list[Mapping[str, LoraFactors]]:
@@ -251,7 +262,15 @@ def check_integer(op: str, name: str, value: Any, least: int | None) -> None:
         raise LorakernError(f"{op}: {name} must be an integer{at_least}, got {show(value)}")
 
 
-def _check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_number(op: str, name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise unless `value` is a finite number above 0, or 0 where that is allowed."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 < value < math.inf or (zero and value == 0)):
+        raise LorakernError(f"{op}: {name} must be a positive number{' or 0' if zero else ''}, got {show(value)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise unless `value` is one of these words."""
     if value not in choices:
         raise LorakernError(f"{op}: {name} must be one of {', '.join(choices)}, got {show(value)}")
 
