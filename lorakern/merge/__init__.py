@@ -1,8 +1,8 @@
 """Merge LoRA adapters into one, from their factors.
 
 ``lorakern.merge`` is this package, and calling it is calling `merge`: ``lk.merge([a, b], method="ties")``. Every method
-is a file here, found by its name in `methods`; `method` (a decorator) and `register` add one. `soups.learn` and
-`lorahub.search` find the weights from data, with a model.
+is a file here, found by its name in `methods`; `method` (a decorator) and `register` add one. `soups.learn`,
+`lorahub.search` and `iteris.solve` merge with a model and data, and have signatures of their own.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from lorakern.merge import (  # noqa: F401  importing a method's file registers 
     dare_linear,
     dare_ties,
     fedex,
+    iteris,
     knots,
     lego,
     linear,
@@ -44,6 +45,7 @@ __all__ = [
     "Range",
     "SignMethod",
     "Term",
+    "iteris",
     "lego_map",
     "lego_picture",
     "lorahub",

@@ -11,10 +11,11 @@ from lorakern.adapters import LoraAdapter
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.integrations.gated import GatedModel
+from lorakern.merge._arguments import check_choice, check_integer, check_number
 from lorakern.merge._batches import IGNORED, Batches
 from lorakern.merge.driver import merge
 from lorakern.merge.inputs import Factors
-from lorakern.merge.soups import Progress, check_choice, check_integer, check_number, checked_adapters, loss_of
+from lorakern.merge.soups import Progress, checked_adapters, loss_of
 
 COMBINATIONS = ("lorahub_linear", "cat")
 Objective = Callable[[Sequence[float]], float]

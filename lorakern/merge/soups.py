@@ -12,6 +12,7 @@ from lorakern.adapters.factors import checked
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.integrations.gated import GatedModel
+from lorakern.merge._arguments import check_choice, check_integer, check_number
 from lorakern.merge._batches import Batches
 from lorakern.merge.driver import merge, module_generator
 from lorakern.merge.inputs import Factors, Inputs, check_adapters, label, shared_config
@@ -253,26 +254,6 @@ def checked_adapters(adapters: Any, base_model_name_or_path: str | None) -> list
         adapter if isinstance(adapter, LoraAdapter) else {module: checked(module, f) for module, f in adapter.items()}
         for adapter in adapters
     ]
-
-
-def check_integer(op: str, name: str, value: Any, least: int | None) -> None:
-    """Raise unless `value` is an integer, and at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        at_least = "" if least is None else f" of at least {least}"
-        raise LorakernError(f"{op}: {name} must be an integer{at_least}, got {show(value)}")
-
-
-def check_number(op: str, name: str, value: Any, *, zero: bool = False) -> None:
-    """Raise unless `value` is a finite number above 0, or 0 where that is allowed."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (0 < value < math.inf or (zero and value == 0)):
-        raise LorakernError(f"{op}: {name} must be a positive number{' or 0' if zero else ''}, got {show(value)}")
-
-
-def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless `value` is one of these words."""
-    if value not in choices:
-        raise LorakernError(f"{op}: {name} must be one of {', '.join(choices)}, got {show(value)}")
 
 
 def _start(op: str, init: Any, modules: list[str], count: int) -> torch.Tensor:

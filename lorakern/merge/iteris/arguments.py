@@ -1,6 +1,5 @@
 """The arguments of a merge by features, checked, as the `Sweeps` that it goes through."""
 
-import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
+from lorakern.merge._arguments import check_choice, check_integer, check_number
 from lorakern.merge.inputs import Factors, check_adapters
 from lorakern.merge.iteris.layers import checked_adapters, find_layers
 from lorakern.merge.iteris.samples import Samples
@@ -38,20 +38,20 @@ def prepare(
     check_adapters(adapters)
     count = len(adapters)
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-        check_whole(name, value)
+        check_integer(OP, name, value)
     if max_memory is not None:
-        check_whole("max_memory", max_memory)
-    check_choice("lambda_source", lambda_source, ("full", "delta", None))
-    check_choice("target", target, ("delta", "full"))
-    check_number("alpha", alpha)
-    check_number("ratio", ratio)
+        check_integer(OP, "max_memory", max_memory)
+    check_choice(OP, "lambda_source", lambda_source, ("full", "delta", None))
+    check_choice(OP, "target", target, ("delta", "full"))
+    check_number(OP, "alpha", alpha, zero=True)
+    check_number(OP, "ratio", ratio, zero=True)
     if ratio >= 1:
         raise LorakernError(f"{OP}: ratio must be below 1, where the merged model no longer counts; got {ratio!r}")
     coefficients = [1.0] * count if coefficients is None else coefficients
     if isinstance(coefficients, str) or not isinstance(coefficients, Sequence) or len(coefficients) != count:
         raise LorakernError(f"{OP}: coefficients must be {count} numbers, one per adapter; got {show(coefficients)}")
     for i, coefficient in enumerate(coefficients):
-        check_number(f"coefficients[{i}]", coefficient)
+        check_number(OP, f"coefficients[{i}]", coefficient, zero=True)
     if not any(coefficients):
         raise LorakernError(f"{OP}: coefficients are all zero; give at least one adapter a weight")
     if isinstance(samples, str) or not isinstance(samples, Sequence) or len(samples) != count:
@@ -65,19 +65,3 @@ def prepare(
     sources = [Samples(f"{OP}: samples[{i}]", source, device, **text) for i, source in enumerate(samples)]
     options = Options(float(alpha), lambda_source, target, float(ratio), tuple(map(float, coefficients)))
     return Sweeps(OP, model, named, layers, sources, options, max_memory, progress)
-
-
-def check_whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise LorakernError(f"{OP}: {name} must be a positive integer; got {show(value)}")
-
-
-def check_number(name: str, value: Any) -> None:
-    plain = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not plain or not 0 <= float(value) < float("inf"):
-        raise LorakernError(f"{OP}: {name} must be a finite number of at least 0; got {show(value)}")
-
-
-def check_choice(name: str, value: Any, choices: tuple) -> None:
-    if not any(value is choice or value == choice for choice in choices):
-        raise LorakernError(f"{OP}: {name} must be one of {', '.join(map(repr, choices))}; got {show(value)}")

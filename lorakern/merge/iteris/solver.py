@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 
 from lorakern.errors import LorakernError
+from lorakern.merge._arguments import check_integer
 from lorakern.merge.inputs import Factors
-from lorakern.merge.iteris.arguments import OP, check_whole, prepare
+from lorakern.merge.iteris.arguments import OP, prepare
 from lorakern.merge.iteris.solution import Solution
 from lorakern.merge.iteris.state import State, StateFile
 from lorakern.merge.iteris.sweeps import Progress
@@ -96,7 +97,7 @@ def solve(
     >>> torch.allclose(merged.updates["0"], 0.5 * tasks[0]["0"][1] @ tasks[0]["0"][0], atol=1e-4)
     True
     """
-    check_whole("iterations", iterations)
+    check_integer(OP, "iterations", iterations)
     sweeps = prepare(
         model,
         adapters,
