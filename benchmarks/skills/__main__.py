@@ -139,6 +139,45 @@ def merges(
     console.print(f"{merges_page.write(out, results)} is written")
 
 
+@app.command()
+def iteris(
+    names: Names = None,
+    sets: Annotated[int, typer.Option(min=1, help="Sets of four skills; skills take turns in them.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Training questions a skill.")] = 50,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 25,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the samples and of the questions.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for iteris.json, .md and .png; a run goes on there.")] = HERE,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Merge four skills by IterIS, RegMean and without data; a run that was stopped goes on."""
+    from benchmarks.skills import iteris as work
+    from benchmarks.skills import iteris_page
+    from lorakern import LoraAdapter
+    from lorakern.integrations import smollm2
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = _chosen(names)
+    if len(chosen) < 4:
+        raise typer.BadParameter("it takes four skills or more")
+    out.mkdir(parents=True, exist_ok=True)
+    results = work.Results(out / "iteris.json", work.settings(chosen, sets, samples, count, seeds))
+    adapters = {name: LoraAdapter.load(ADAPTERS / name) for name in chosen}
+    model, tokenizer = smollm2.load()
+    scorer, _ = smollm2.load(torch.bfloat16)
+    with _progress() as progress:
+        bar = progress.add_task("runs", total=sets * seeds, note="")
+        work.run(
+            results,
+            adapters,
+            model,
+            scorer,
+            tokenizer,
+            lambda note: progress.update(bar, completed=len(results.runs), note=note),
+        )
+    console.print(f"{iteris_page.write(out, results)} is written")
+
+
 @app.command("list")
 def list_skills() -> None:
     """Show every skill, its adapter's shape and one held-out item."""
