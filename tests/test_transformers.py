@@ -157,6 +157,42 @@ def test_mixed_rows_equal_rows_alone_and_peft(case):
         torch.testing.assert_close(mixed[row : row + 1], want, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_of_mixtures_equal_the_merged_adapters_and_rows_alone(case):
+    rows = [{"poet": 0.5, "math": 0.25}, "code", None, {"math": -1.5}, {name: 1 / 3 for name in NAMES}]
+    lk_model = case.attach()
+    lk_model.add("sum", lk.merge([case.adapters["poet"], case.adapters["math"]], "cat", weights=[0.5, 0.25]))
+    lk_model.add("mean", lk.merge([case.adapters[name] for name in NAMES], "cat", weights=[1 / 3] * 3))
+    lk_model.add("minus", lk.merge([case.adapters["math"]], "cat", weights=[-1.5]))
+    with lk_model.use(["sum", "code", None, "minus", "mean"]):
+        want = logits(case.model, case.ids)
+    with lk_model.use(rows):
+        mixed = logits(case.model, case.ids)
+        with pytest.raises(lk.LorakernError, match="'math' is in use"):
+            lk_model.remove("math")
+    torch.testing.assert_close(mixed, want, rtol=1e-5, atol=1e-5)
+    for i, row in enumerate(rows):
+        with lk_model.use([row]):
+            alone = logits(case.model, case.ids[i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+    lk_model.remove("math")
+
+
+def test_weights_of_mixtures_are_checked(case):
+    lk_model = case.attach()
+    for row, message in (
+        ({"poet": float("nan")}, "weight of adapter 'poet' must be a finite number; got nan"),
+        ({"poet": "1"}, "must be a finite number; got '1'"),
+        ({"poet": True}, "must be a finite number"),
+        ({"nobody": 1.0}, "no adapter 'nobody'"),
+        ({3: 1.0}, "no adapter 3"),
+    ):
+        with pytest.raises(lk.LorakernError, match=message), lk_model.use([row]):
+            pass
+    with lk_model.use([{}] * len(case.ids)):
+        empty = logits(case.model, case.ids)
+    assert torch.equal(empty, logits(case.model, case.ids))
+
+
 def test_generate_equals_peft_rows_alone(case):
     lk_model = case.attach()
     with lk_model.use(MIXED):

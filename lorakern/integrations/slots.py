@@ -1,6 +1,6 @@
 """Slots of linear layers for many adapters, and the routing of a batch to them. Knows nothing of any engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -92,16 +92,25 @@ class LayerSlots:
 class Route(NamedTuple):
     """The way of one batch through the layers of a group; `same_dtype` is False where x or y are cast (autocast)."""
 
-    indices: torch.Tensor  # (T, 1) int32
+    indices: torch.Tensor  # (T, K) int32
+    gates: torch.Tensor | None  # (T, K) float32, None for 1
     plan: Plan
     same_dtype: bool
 
 
 class Rows:
-    """The slot of each row of a batch (-1 for none), and the routes that were made for the shapes met so far."""
+    """The slots of each row of a batch with their weights, and the routes that were made for the shapes met so far.
 
-    def __init__(self, slots: Sequence[int]) -> None:
-        self.slots = slots
+    Args:
+        slots: for each row slot to weight; an empty one is the base model.
+    """
+
+    def __init__(self, slots: Sequence[Mapping[int, float]]) -> None:
+        width = max(1, *map(len, slots))
+        self.slots = [[*row, *[-1] * (width - len(row))] for row in slots]
+        self.weights = [[*row.values(), *[0.0] * (width - len(row))] for row in slots]
+        self.served = {slot for row in slots for slot in row}
+        self.plain = width == 1 and all(weight == 1 for row in slots for weight in row.values())
         self.routes: dict[tuple, Route | None] = {}
 
     def make_route(self, key: tuple, layer: LayerSlots, x: torch.Tensor, y: torch.Tensor) -> Route | None:
@@ -121,12 +130,18 @@ class Rows:
                 "moving a model, and attach again"
             )
         route = None
-        if not group.served.isdisjoint(self.slots):
+        if not group.served.isdisjoint(self.served):
             with torch.inference_mode(False):  # a later step of the same block may save these for its backward
-                rows = torch.tensor([slot if slot in group.served else -1 for slot in self.slots], dtype=torch.int32)
-                indices = rows.to(group.device).repeat_interleave(tokens // named).unsqueeze(1)
-                route = Route(indices, plan(indices, group.num_slots), x.dtype == y.dtype == group.dtype)
+                rows = [[slot if slot in group.served else -1 for slot in row] for row in self.slots]
+                indices = _by_token(rows, torch.int32, group.device, tokens // named)
+                gates = None if self.plain else _by_token(self.weights, torch.float32, group.device, tokens // named)
+                route = Route(indices, gates, plan(indices, group.num_slots), x.dtype == y.dtype == group.dtype)
         if len(self.routes) >= 64:  # a long block, such as a training loop, meets ever new lengths
             self.routes.clear()
         self.routes[key] = route
         return route
+
+
+def _by_token(rows: Sequence[Sequence], dtype: torch.dtype, device: torch.device, times: int) -> torch.Tensor:
+    """(T, K), each row as often as it has tokens."""
+    return torch.tensor(rows, dtype=dtype).to(device).repeat_interleave(times, dim=0)

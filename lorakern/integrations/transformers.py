@@ -1,5 +1,6 @@
 """Hugging Face models with many adapters attached: every row of a batch runs its own."""
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,19 +98,20 @@ class AttachedModel:
         return f"AttachedModel({type(self.model).__name__}, {state}, adapters: {', '.join(self._slots) or 'none'})"
 
     @contextmanager
-    def use(self, rows: Sequence[str | None]) -> Iterator["AttachedModel"]:
+    def use(self, rows: Sequence[str | Mapping[str, float] | None]) -> Iterator["AttachedModel"]:
         """Inside the block, row t of every batch runs with the adapter ``rows[t]``, at all its positions; None: base.
 
-        A batch of a multiple of ``len(rows)`` repeats each row, as beams and num_return_sequences do. Blocks nest, the
-        inner one counts. Every thread and asyncio task has its own rows; a thread started inside of the block (for
+        A mapping of names to weights is a mixture of outputs, ``y = base(x) + sum_i w_i scale_i B_i (A_i x)``. A batch
+        of a multiple of ``len(rows)`` repeats each row, as beams and num_return_sequences do. Blocks nest, the inner
+        one counts. Every thread and asyncio task has its own rows; a thread started inside of the block (for
         a streamer, say) has none, and must run in a `contextvars.copy_context()` to inherit them.
 
         Args:
-            rows: an adapter name, or None, for each row of the batch.
+            rows: an adapter name, names with their weights, or None, for each row of the batch.
 
         Raises:
-            LorakernError: a name that is not attached, no rows, or a detached model; and, from a forward inside of
-                the block, a batch that is no multiple of the rows.
+            LorakernError: a name that is not attached, a weight that is no number, no rows, or a detached model; and,
+                from a forward inside of the block, a batch that is no multiple of the rows.
 
         >>> import torch, lorakern as lk
         >>> from lorakern.integrations.transformers import attach
@@ -120,15 +122,15 @@ class AttachedModel:
         >>> torch.equal(served, model(torch.ones(1, 4)))
         True
         """
-        if isinstance(rows, str) or not isinstance(rows, Sequence) or not rows:
+        if isinstance(rows, (str, Mapping)) or not isinstance(rows, Sequence) or not rows:
             raise LorakernError(f"use: rows must be a list of an adapter name or None for each row; got {rows!r}")
+        mixtures = [_weighted(row) for row in rows]
         with self._lock:
             self._check_attached("use")
-            for row in rows:
-                if row is not None:
-                    self._check_known("use", row)
-            active = Rows([-1 if row is None else self._slots[row] for row in rows])
-            names = {*rows, None}  # None stands for the block itself
+            for name in (name for mixture in mixtures for name, _ in mixture):
+                self._check_known("use", name)
+            active = Rows([{self._slots[name]: weight for name, weight in mixture} for mixture in mixtures])
+            names = {None, *(name for mixture in mixtures for name, _ in mixture)}  # None stands for the block itself
             self._in_use.update(names)
         token = _ACTIVE.set({**_ACTIVE.get(), self: active})
         try:
@@ -234,6 +236,16 @@ class AttachedModel:
             raise LorakernError(f"{op}: no adapter {name!r} is attached; there are {', '.join(self._slots) or 'none'}")
 
 
+def _weighted(row: str | Mapping[str, float] | None) -> list[tuple[str, float]]:
+    """The adapters of a row and their weights, finite numbers."""
+    if not isinstance(row, Mapping):
+        return [] if row is None else [(row, 1.0)]
+    for name, weight in row.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise LorakernError(f"use: the weight of adapter {name!r} must be a finite number; got {weight!r}")
+    return list(row.items())
+
+
 def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
     """The forward hook of one layer. It runs hundreds of times a token: all that can be known before is."""
     d_in, d_out = layer.d_in, layer.d_out
@@ -254,7 +266,7 @@ def _hook(owner: AttachedModel, layer: LayerSlots) -> Callable:
         if route is None:
             return
         x, y = x.reshape(-1, d_in), y.view(-1, d_out)
-        options = {"scale": bank.scale, "ranks": bank.ranks, "plan": route.plan}
+        options = {"scale": bank.scale, "ranks": bank.ranks, "gates": route.gates, "plan": route.plan}
         if route.same_dtype:
             bgmv(y, x, bank.A, bank.B, route.indices, **options)
         else:
