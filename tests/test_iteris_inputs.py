@@ -144,7 +144,7 @@ def once():
         (["a text"], "tokenizer"),
         ([3], "batch 0 must be a tensor or a dict"),
         ([{}], "batch 0 must be a tensor or a dict"),
-        (7, "must be a list of strings"),
+        (7, "must be a list of texts"),
         ("no/such/file.jsonl", "cannot be read.*path of a JSONL file"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -159,9 +159,9 @@ def test_samples_that_cannot_be_used_are_refused(source, says):
     ("text", "says"),
     [
         ("", "is empty"),
-        ('{"text": "a"}\n{"text": 3}\n', "line 2 must have"),
-        ('{"prompt": "a"}\n', "line 1 must have"),
-        ("[1]\n", "line 1 must be a JSON object"),
+        ('{"text": "a"}\n{"text": 3}\n', "line 2: it must be a text"),
+        ('{"prompt": "a"}\n', "line 1: it must be a text"),
+        ("[1]\n", "line 1 must be a record"),
         ('\n{"text"\n', "line 2 is not valid JSON"),
     ],
 )
@@ -179,9 +179,9 @@ def test_adapters_that_do_not_fit_are_refused():
     A, B, scale = good["2"]
     for bad, says in (
         ({"9": good["2"]}, "adapter 1.*no such module"),
-        ({"2": (A[:, :-1], B, scale)}, "adapter 1.*do not fit"),
+        ({"2": (A[:, :-1], B, scale)}, "adapter 1; their base models differ"),
         ({"2": (A, B, float("nan"))}, "adapter 1.*scale"),
-        ({"2": (A * float("inf"), B, scale)}, "adapter 1.*'2' holds NaN"),
+        ({"2": (A * float("inf"), B, scale)}, "2: A of adapter 1 holds NaN"),
         ({}, "adapter 1 has no modules"),
     ):
         problem.adapters[1] = bad

@@ -179,7 +179,7 @@ def test_texts_and_files_and_batches_are_the_same_samples(tmp_path):
     for name, update in solution.updates.items():
         assert torch.equal(files.updates[name], update)
         assert error_ratio(single.updates[name], update) < 1e-3
-    with pytest.raises(lk.LorakernError, match=r"samples\[0\]: sample 1, '', has no tokens"):
+    with pytest.raises(lk.LorakernError, match=r"samples\[0\], item 1: it must be a text"):
         iteris.solve(model, adapters, [["a", ""], ["b"]], **options)
 
 

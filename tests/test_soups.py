@@ -15,6 +15,7 @@ import lorakern as lk
 from lorakern.integrations.gated import GatedModel
 from lorakern.integrations.transformers import attach
 from lorakern.merge import soups
+from lorakern.merge.inputs import checked_adapters
 
 
 def dense_logits(model, adapters, modules, gates, ids):
@@ -50,7 +51,7 @@ def test_fixed_gates_are_the_cat_merge(seed):
 def test_every_layer_adds_the_cat_merge_whatever_the_ranks_scales_and_dtypes(adapters, seed):
     g = torch.Generator().manual_seed(seed)
     layers = {name: torch.nn.Linear(d_in, d_out) for name, (d_out, d_in) in merging.SHAPES.items()}
-    with GatedModel("test", torch.nn.ModuleDict(layers), soups.checked_adapters(adapters, None)) as gated:
+    with GatedModel("test", torch.nn.ModuleDict(layers), checked_adapters(adapters)) as gated:
         gated.gates = torch.randn(gated.held.shape, generator=g)
         for module, gates in zip(gated.modules, gated.gates.tolist(), strict=True):
             x = torch.randn(2, 3, layers[module].in_features, generator=g)
@@ -307,7 +308,7 @@ def misfits(model):
         "their base models differ": [fits, {**one, module: (torch.ones(2, 5), B, scale)}],
         "holds NaN or infinity": [fits, {**one, module: (A * torch.nan, B, scale)}],
         "that another adapter calls": [fits, {short: one[module]}],
-        "holds no module": [fits, {}],
+        "has no modules": [fits, {}],
         "adapters must be a list": fits,
         "base_model_name_or_path is 'a'": list(named),
     }

@@ -38,19 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _one_word_lists(words: Sequence[str]) -> Iterator[str]:
-    """The command line with the numbers after --weights or --density as one word, which is what an option can take.
+    """The command line with the numbers after --weights and the like as one word, which is what an option can take.
+
+    And with a --data before each of the files that follow one in `lorakern iteris`.
 
     >>> list(_one_word_lists(["merge", "a", "--weights", "0.5", "-0.25", "b"]))
     ['merge', 'a', '--weights', '0.5,-0.25', 'b']
+    >>> list(_one_word_lists(["iteris", "model", "--data", "a", "b", "-o", "out"]))
+    ['iteris', 'model', '--data', 'a', '--data', 'b', '-o', 'out']
     """
     words = list(words)
+    many_data = words[:1] == ["iteris"]
     while words:
         word = words.pop(0)
         yield word
         if word == "--":
             yield from words
             return
-        if word in ("--weights", "--density"):
+        if many_data and word == "--data" and words:
+            yield words.pop(0)
+            while words and not words[0].startswith("-"):
+                yield from ("--data", words.pop(0))
+        if word in ("--weights", "--density", "--coefficients"):
             numbers = []
             while words and _is_numbers(words[0]):
                 numbers.append(words.pop(0))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lorakern
-from lorakern.cli import files, machine
+from lorakern.cli import files, learned, machine
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,5 +28,6 @@ def start(
 
 
 on_files = (files.merge, files.resize, files.check, files.inspect, files.lego_map)
-for function in (*on_files, machine.info, machine.demo, machine.bench):
+with_data = (learned.soups, learned.iteris, learned.lorahub)
+for function in (*on_files, *with_data, machine.info, machine.demo, machine.bench):
     app.command()(function)

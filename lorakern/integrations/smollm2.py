@@ -78,7 +78,7 @@ def load(dtype: torch.dtype = torch.float32):
             f"smollm2.load: cannot import {error.name!r}; run `pip install transformers gguf`"
         ) from error
 
-    with _quiet_transformers(), _parse_once(gguf):
+    with quiet_transformers(), _parse_once(gguf):
         packed = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, padding_side="left")
     config = packed.config
@@ -107,14 +107,18 @@ def _parse_once(gguf: ModuleType) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hide the per-tensor progress bars of the loader, and put the settings back."""
+    from transformers import modeling_gguf_pytorch_utils as loader
     from transformers.utils import logging
 
-    was_enabled = logging.is_progress_bar_enabled()
+    was_enabled, bar = logging.is_progress_bar_enabled(), loader.tqdm
     logging.disable_progress_bar()
+    # this one asks no setting
+    loader.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        loader.tqdm = bar
         if was_enabled:
             logging.enable_progress_bar()

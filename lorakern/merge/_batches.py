@@ -1,7 +1,5 @@
 """Training data of a causal language model: texts, records, a JSONL file, or batches that are tokenised already."""
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +8,7 @@ import torch
 
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
+from lorakern.merge._texts import Text, is_file, read_texts, text_of
 
 # What transformers' losses leave out.
 IGNORED = -100
@@ -42,11 +41,11 @@ class Batches:
         self._size = batch_size
         self._examples: list[Example] = []
         self._ready: list[Batch] = []
-        for where, item in _items(op, data):
-            if isinstance(item, Mapping) and "input_ids" in item:
-                self._ready.append(_batch(f"{op}: {where}", item, cutoff))
+        for item in _items(op, data):
+            if isinstance(item, Text):
+                self._examples.append(_example(item, tokenizer, cutoff))
             else:
-                self._examples.append(_example(f"{op}: {where}", item, tokenizer, cutoff))
+                self._ready.append(_batch(*item, cutoff))
         if self._examples and self._ready:
             raise LorakernError(f"{op}: data holds texts and tokenised batches; give one kind")
         if not self._examples and not self._ready:
@@ -64,11 +63,13 @@ class Batches:
             yield _collate([self._examples[i] for i in order[first : first + self._size]])
 
 
-def _items(op: str, data: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(data, (str, os.PathLike)):
-        yield from _records(op, Path(data))
+def _items(op: str, data: Any) -> Iterator[Text | tuple[str, Mapping]]:
+    if is_file(data):
+        yield from read_texts(f"{op}: data", Path(data))
     elif isinstance(data, Iterable) and not isinstance(data, Mapping):
-        yield from ((f"data[{i}]", item) for i, item in enumerate(data))
+        for i, item in enumerate(data):
+            where = f"{op}: data[{i}]"
+            yield (where, item) if isinstance(item, Mapping) and "input_ids" in item else text_of(where, item)
     else:
         raise LorakernError(
             f"{op}: data must be a list of texts, the path of a JSONL file or an iterable of tokenised batches, "
@@ -76,41 +77,15 @@ def _items(op: str, data: Any) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _records(op: str, path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise LorakernError(
-            f"{op}: data {path} cannot be read ({error.strerror}); give a JSONL file, or texts as a list"
-        ) from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise LorakernError(f"{op}: {where} is not valid JSON ({error}); write one record a line") from None
-            if not isinstance(record, dict) or "input_ids" in record:
-                takes = '{"text"} or {"prompt", "answer"}'
-                raise LorakernError(f"{op}: {where} must be a record {takes}, got {show(record)}")
-            yield where, record
-
-
-def _example(where: str, item: Any, tokenizer: Callable | None, cutoff: int) -> Example:
-    prompt, text = "", item
-    if isinstance(item, Mapping):
-        text = item.get("text")
-        if "prompt" in item or "answer" in item:
-            prompt, text = item.get("prompt"), item.get("answer")
-    if not isinstance(prompt, str) or not isinstance(text, str) or not text:
-        raise LorakernError(f'{where}: it must be a text, {{"text"}} or {{"prompt", "answer"}}, got {show(item)}')
+def _example(text: Text, tokenizer: Callable | None, cutoff: int) -> Example:
+    where, prompt, answer = text
     if not callable(tokenizer):
         raise LorakernError(f"{where}: texts need a tokenizer; give tokenizer=, got {show(tokenizer)}")
     eos = getattr(tokenizer, "eos_token_id", None)
     question = list(tokenizer(prompt)["input_ids"]) if prompt else []
     while question and question[-1] == eos:
         question.pop()
-    reply = list((tokenizer(text, add_special_tokens=False) if prompt else tokenizer(text))["input_ids"])
+    reply = list((tokenizer(answer, add_special_tokens=False) if prompt else tokenizer(answer))["input_ids"])
     if eos is not None and reply[-1:] != [eos]:
         reply.append(eos)
     ids = (question + reply)[:cutoff]

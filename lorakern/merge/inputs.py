@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lorakern.adapters import LoraFactors
+from lorakern.adapters import LoraAdapter, LoraFactors
 from lorakern.adapters.factors import all_finite, checked
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
@@ -132,6 +132,20 @@ def check_adapters(adapters: Any) -> None:
                 "LoraAdapter.load reads one from a directory"
             )
     _common(adapters, "fan_in_fan_out", "their layers store weights in different layouts and cannot be one")
+
+
+def checked_adapters(adapters: Any) -> list[Factors]:
+    """The adapters with `LoraFactors` in every module, each looked at; raises where they are not of one model."""
+    check_adapters(adapters)
+    inputs = Inputs(adapters, normalize=False, missing="zero", device=None)
+    for module in dict.fromkeys(module for adapter in adapters for module in adapter):
+        inputs.terms(module, None)
+    if empty := [i for i, adapter in enumerate(adapters) if not adapter]:
+        raise LorakernError(f"{label(adapters, empty[0])} has no modules; leave it out")
+    return [
+        adapter if isinstance(adapter, LoraAdapter) else {module: checked(module, f) for module, f in adapter.items()}
+        for adapter in adapters
+    ]
 
 
 def shared_config(adapters: Sequence[Factors], base_model_name_or_path: str | None) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from lorakern.integrations.gated import GatedModel
 from lorakern.merge._arguments import check_choice, check_integer, check_number
 from lorakern.merge._batches import IGNORED, Batches
 from lorakern.merge.driver import merge
-from lorakern.merge.inputs import Factors
-from lorakern.merge.soups import Progress, checked_adapters, loss_of
+from lorakern.merge.inputs import Factors, checked_adapters, shared_config
+from lorakern.merge.soups import Progress, loss_of
 
 COMBINATIONS = ("lorahub_linear", "cat")
 Objective = Callable[[Sequence[float]], float]
@@ -141,7 +141,8 @@ def search(
     optimizer = one_plus_one if optimizer is None else optimizer
     if not callable(optimizer):
         raise LorakernError(f"{op}: optimizer must be a function, such as one_plus_one, got {show(optimizer)}")
-    adapters = checked_adapters(adapters, base_model_name_or_path)
+    adapters = checked_adapters(adapters)
+    shared_config(adapters, base_model_name_or_path)
     batches = list(Batches(op, data, tokenizer, batch_size, cutoff).epoch())
     with torch.inference_mode(False), torch.no_grad():
         gated = GatedModel(op, model, adapters)

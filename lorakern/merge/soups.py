@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 
-from lorakern.adapters import LoraAdapter, LoraFactors
-from lorakern.adapters.factors import checked
+from lorakern.adapters import LoraAdapter
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.integrations.gated import GatedModel
 from lorakern.merge._arguments import check_choice, check_integer, check_number
 from lorakern.merge._batches import Batches
 from lorakern.merge.driver import merge, module_generator
-from lorakern.merge.inputs import Factors, Inputs, check_adapters, label, shared_config
+from lorakern.merge.inputs import Factors, checked_adapters, shared_config
 
 PARAMETRISATIONS = ("softmax", "free")
 Progress = Callable[[int, int, float], None]
@@ -153,7 +152,8 @@ def learn(
     ):
         check_integer(op, name, value, least)
     check_number(op, "lr", lr)
-    adapters = checked_adapters(adapters, base_model_name_or_path)
+    adapters = checked_adapters(adapters)
+    shared_config(adapters, base_model_name_or_path)
     batches = Batches(op, data, tokenizer, batch_size, cutoff)
     with torch.inference_mode(False), torch.enable_grad():
         gated = GatedModel(op, model, adapters)
@@ -239,21 +239,6 @@ def loss_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.
             f"{type(model).__name__}; load it by transformers' AutoModelForCausalLM"
         )
     return loss
-
-
-def checked_adapters(adapters: Any, base_model_name_or_path: str | None) -> list[Mapping[str, LoraFactors]]:
-    """The adapters, every module of them looked at; raises where they could not be merged with each other."""
-    check_adapters(adapters)
-    shared_config(adapters, base_model_name_or_path)
-    inputs = Inputs(adapters, normalize=False, missing="zero", device=None)
-    for module in dict.fromkeys(module for adapter in adapters for module in adapter):
-        inputs.terms(module, None)
-    if empty := [i for i, adapter in enumerate(adapters) if not adapter]:
-        raise LorakernError(f"{label(adapters, empty[0])} holds no module; leave it out")
-    return [
-        adapter if isinstance(adapter, LoraAdapter) else {module: checked(module, f) for module, f in adapter.items()}
-        for adapter in adapters
-    ]
 
 
 def _start(op: str, init: Any, modules: list[str], count: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.merge._arguments import check_choice, check_integer, check_number
-from lorakern.merge.inputs import Factors, check_adapters
-from lorakern.merge.iteris.layers import checked_adapters, find_layers
+from lorakern.merge.inputs import Factors, checked_adapters
+from lorakern.merge.iteris.layers import find_layers
 from lorakern.merge.iteris.samples import Samples
 from lorakern.merge.iteris.sweeps import Options, Progress, Sweeps
 
@@ -35,7 +35,7 @@ def prepare(
     """What `lorakern.merge.iteris.solve` says of its arguments, or a `LorakernError`."""
     if not isinstance(model, torch.nn.Module):
         raise LorakernError(f"{OP}: model must be a torch.nn.Module; got {type(model).__name__}")
-    check_adapters(adapters)
+    adapters = checked_adapters(adapters)
     count = len(adapters)
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         check_integer(OP, name, value)
@@ -58,7 +58,7 @@ def prepare(
         got = f"{len(samples)}" if isinstance(samples, Sequence) else type(samples).__name__
         raise LorakernError(f"{OP}: samples must be a list of {count} sources, one per adapter; got {got}")
 
-    named = {f"adapter {i}": adapter for i, adapter in enumerate(checked_adapters(OP, adapters))}
+    named = {f"adapter {i}": adapter for i, adapter in enumerate(adapters)}
     layers = find_layers(OP, model, named)
     device = layers[0].weight.device
     text = {"tokenizer": tokenizer, "batch_size": batch_size, "max_length": max_length}

@@ -1,15 +1,12 @@
 """The linear layers that adapters target: their weights, and what every adapter adds to them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lorakern.adapters import LoraFactors
-from lorakern.adapters.factors import all_finite, checked
-from lorakern.errors import LorakernError
 from lorakern.integrations.targets import find_targets
-from lorakern.merge.inputs import Factors, label
 
 
 @dataclass(eq=False)
@@ -51,25 +48,6 @@ class Layer:
         weight = self.module.weight.detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
         return (weight.to(wide) + (update.T if self.transposed else update).to(weight.device)).to(weight.dtype)
-
-
-def checked_adapters(op: str, adapters: Sequence[Factors]) -> list[dict[str, LoraFactors]]:
-    """The adapters as mappings to finite `LoraFactors`."""
-    result = []
-    for i, adapter in enumerate(adapters):
-        if not adapter:
-            raise LorakernError(f"{op}: {label(adapters, i)} has no modules; leave it out")
-        try:
-            result.append({module: checked(module, factors) for module, factors in adapter.items()})
-        except LorakernError as error:
-            raise LorakernError(f"{op}: {label(adapters, i)}: {error}") from None
-        for module, (A, B, _) in result[-1].items():
-            if not (all_finite(A) and all_finite(B)):
-                raise LorakernError(
-                    f"{op}: {label(adapters, i)}, module {module!r} holds NaN or infinity; leave this adapter out, "
-                    "or train it again"
-                )
-    return result
 
 
 def find_layers(op: str, model: torch.nn.Module, adapters: Mapping[str, Mapping[str, LoraFactors]]) -> list[Layer]:

@@ -1,15 +1,15 @@
 """Sample inputs of a task: texts, a JSONL file or batches, read as often as there are passes over them."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from lorakern.adapters.json_file import parse_object, show
+from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
+from lorakern.merge._texts import Text, is_file, is_text, read_texts, text_of
 
 
 class Batch(NamedTuple):
@@ -39,14 +39,15 @@ class Samples:
     ) -> None:
         self._where = where
         self._device = device
-        if isinstance(source, (str, os.PathLike)):
-            source = _texts_of(where, Path(source))
-        if isinstance(source, Sequence) and source and all(isinstance(text, str) for text in source):
-            source = list(_tokenised(where, source, tokenizer, batch_size, max_length))
+        if is_file(source):
+            source = list(_tokenised(list(read_texts(f"{where}:", Path(source))), tokenizer, batch_size, max_length))
+        elif isinstance(source, Sequence) and source and isinstance(source[0], (str, Mapping)) and is_text(source[0]):
+            texts = [text_of(f"{where}, item {i}", item) for i, item in enumerate(source)]
+            source = list(_tokenised(texts, tokenizer, batch_size, max_length))
         if isinstance(source, (Mapping, torch.Tensor)) or not isinstance(source, Iterable):
             raise LorakernError(
-                f"{where} must be a list of strings, the path of a JSONL file, or an iterable of batches; "
-                f"got {type(source).__name__} (one batch goes into a list)"
+                f"{where} must be a list of texts, the path of a JSONL file or an iterable of batches, got "
+                f"{type(source).__name__} (one batch goes into a list)"
             )
         if isinstance(source, Iterator):
             raise LorakernError(
@@ -98,40 +99,18 @@ def hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
-def _texts_of(where: str, file: Path) -> list[str]:
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise LorakernError(
-            f"{where}: {file} cannot be read ({error.strerror}); a string here is the path of a JSONL file, "
-            "a text goes into a list"
-        ) from None
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        what = f"line {number}"
-        fields = parse_object(line, file, what)
-        keys = ("text",) if "text" in fields else ("prompt", "answer")
-        if not all(isinstance(fields.get(key), str) for key in keys):
-            raise LorakernError(
-                f"{file}: {what} must have the string 'text', or 'prompt' and 'answer'; got {show(fields)}"
-            )
-        texts.append("".join(fields[key] for key in keys))
-    if not texts:
-        raise LorakernError(f"{where}: {file} is empty; give at least one sample of each task")
-    return texts
-
-
 def _tokenised(
-    where: str, texts: Sequence[str], tokenizer: Callable | None, batch_size: int, max_length: int
+    texts: Sequence[Text], tokenizer: Callable | None, batch_size: int, max_length: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Batches padded on the right, where no causal model's token sees the padding."""
+    if not texts:
+        return
     if tokenizer is None:
-        raise LorakernError(f"{where} holds texts; give the model's tokenizer as tokenizer=, or tokenised batches")
-    tokens = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    if empty := [number for number, ids in enumerate(tokens) if not ids]:
-        raise LorakernError(f"{where}: sample {empty[0]}, {show(texts[empty[0]])}, has no tokens; leave it out")
+        raise LorakernError(f"{texts[0].where}: texts need a tokenizer; give the model's as tokenizer=")
+    whole = [text.prompt + text.answer for text in texts]
+    tokens = tokenizer(whole, truncation=True, max_length=max_length)["input_ids"]
+    if empty := [text for text, ids in zip(texts, tokens, strict=True) if not ids]:
+        raise LorakernError(f"{empty[0].where}: {show(empty[0].answer)} has no tokens; leave it out")
     known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     padding = next((token for token in known if token is not None), 0)
     for begin in range(0, len(tokens), batch_size):
