@@ -162,7 +162,20 @@ def measure(
     wanted: Settings,
     on_answers: Callable[[int], None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Exact match by way, skill and seed; `ways` are adapters by seed, None for the base model.
+    """Exact match by way, skill and seed; `ways` are adapters by seed, None for the base model."""
+    seeds = range(wanted.seeds)
+    questions = {skill: [held_out_items(skill, wanted.count, seed) for seed in seeds] for skill in skills}
+    return ask(model, tokenizer, ways, questions, on_answers)
+
+
+def ask(
+    model,
+    tokenizer,
+    ways: Mapping[str, Sequence[lk.LoraAdapter | None]],
+    questions: Mapping[str, Sequence[list[Item]]],
+    on_answers: Callable[[int], None],
+) -> dict[str, dict[str, list[float]]]:
+    """Exact match by way, kind of question and seed; both arguments hold a list by seed, None for the base model.
 
     All ways answer a question in one batch: each row has its own adapter.
     """
@@ -174,15 +187,15 @@ def measure(
             slot_of[way, seed] = None if adapter is None else slot
             if adapter is not None:
                 slots[slot] = adapter
-    scores: dict[str, dict[str, list[float]]] = {way: {skill: [] for skill in skills} for way in ways}
+    scores: dict[str, dict[str, list[float]]] = {way: {kind: [] for kind in questions} for way in ways}
     attached = attach(model, slots)
     try:
-        for skill, seed in itertools.product(skills, range(wanted.seeds)):
-            items = held_out_items(skill, wanted.count, seed)
-            rows = [(slot_of[way, seed], item) for item in items for way in ways]
-            replies = answers(attached, tokenizer, rows, on_answers)
-            for place, way in enumerate(ways):
-                scores[way][skill].append(exact_match(replies[place :: len(ways)], items))
+        for kind, of_seeds in questions.items():
+            for seed, items in enumerate(of_seeds):
+                rows = [(slot_of[way, seed], item) for item in items for way in ways]
+                replies = answers(attached, tokenizer, rows, on_answers)
+                for place, way in enumerate(ways):
+                    scores[way][kind].append(exact_match(replies[place :: len(ways)], items))
     finally:
         attached.detach()
     return scores
