@@ -295,13 +295,13 @@ def test_command(tmp_path, measured, monkeypatch):
         command.app(["composites", "--quick"], standalone_mode=False)
 
 
-def test_free_weights_compose_two_real_skills_a_little():
+def test_free_weights_on_two_real_skills(tmp_path):
     """A few steps on the real model lower the loss on the composite, and its answers can be asked for."""
     model, tokenizer = smollm2.load()
     task = COMPOSITES["answer_json of iso_date"]
     pair = tuple(LoraAdapter.load(ADAPTERS / skill) for skill in task.skills)
-    budget = Budget(examples=8, cat_epochs=3)
-    lesson = Lesson(task, pair, 0, budget, model, tokenizer, None, lambda note: None)
+    budget = Budget(examples=4, cat_epochs=4)
+    lesson = Lesson(task, pair, 0, budget, model, tokenizer, tmp_path, lambda note: None)
     adapter, facts = LEARNED["CAT free, composite examples"](lesson)
     assert facts["loss"] < 0.9 * facts["first loss"]
     questions = {"own": [different(stream(task.first, held_out=True, seed=0), 2)]}

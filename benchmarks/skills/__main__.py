@@ -1,4 +1,4 @@
-"""`python -m benchmarks.skills`: train the skill adapters, score them alone and merged, list them."""
+"""`python -m benchmarks.skills`: train the skill adapters, score them alone, merged and composed, list them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ COMPOSITES = {
     )
 }
 
-# What the benchmark asks unless it is told otherwise; no way that was tried answers any question of the other two.
+# What the benchmark asks unless it is told otherwise: of the other two, nothing that was tried answers any question.
 ASKED = tuple(name for name in COMPOSITES if name not in ("answer_json of email", "pig_latin of sort_words"))
 
 

@@ -35,6 +35,10 @@ new LoRA with the modules of both and the sum of their ranks, trained on new que
 {mix_steps} batches of 8, half of each; the **LoRA on the composite examples** is such a one on the composite examples
 of CAT, {lora_epochs} passes. Both have the rate of the skill adapters, 2e-3, and end when 20 batches in a row average
 98 % right."""
+LEARNED_TEXT = """\
+Means over composites and seeds. Weights: of the first and of the second adapter, for CAT the mean over the modules that
+an adapter has; softmax gives 1 to a module that one adapter alone has. Losses: of LoraHub the objective without any
+adapter and of its best candidate, else of the first and of the last batch."""
 PAPER = "the better single skill", "the best merge without data", "data-mix LoRA", "CAT softmax, skills' data"
 SHORT = {"composite": "composite", FIRST: "first", SECOND: "second"}
 COLORS = {"CAT": "#2f6db5", "Lora": "#3f9b76", "data": "#c98a2b", "LoRA": "#c98a2b"}
