@@ -272,12 +272,13 @@ def test_page_and_plot(tmp_path, measured):
 )
 def test_order_of_the_paper(scores, line, tmp_path):
     results = Results(tmp_path / "composites.json", Settings((NAMES[0],), 4, 2, 1, SMALL))
-    known = dict(zip((SECOND, STATIC[-1].name, *composites_page.PAPER[2:]), scores, strict=True))
+    known = dict(zip((SECOND, STATIC[-1].name, "data-mix LoRA", composites_page.CATS[0]), scores, strict=True))
     of_way = {way: dict.fromkeys(KINDS, known.get(way, 0.0)) for way in WAYS}
     results.records = [{"composite": NAMES[0], "seed": 0, "scores": of_way, "learned": {way: {} for way in LEARNED}}]
     page = composites_page.page(results)
     assert line in page
-    assert ("; as in the paper" in page) == (scores == (0.1, 0.2, 0.3, 0.4))
+    assert page.count("; as in the paper") == (scores == (0.1, 0.2, 0.3, 0.4))
+    assert f"| {SECOND} | 10.0% | 10.0% | 10.0% | 10.0% |" in page
 
 
 def test_command(tmp_path, measured, monkeypatch):

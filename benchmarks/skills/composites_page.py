@@ -39,13 +39,14 @@ LEARNED_TEXT = """\
 Means over composites and seeds. Weights: of the first and of the second adapter, for CAT the mean over the modules that
 an adapter has; softmax gives 1 to a module that one adapter alone has. Losses: of LoraHub the objective without any
 adapter and of its best candidate, else of the first and of the last batch."""
-PAPER = "the better single skill", "the best merge without data", "data-mix LoRA", "CAT softmax, skills' data"
+PAPER = "the better single skill", "the best merge without data", "data-mix LoRA"
+CATS = "CAT softmax, skills' data", "CAT free, skills' data"
 SHORT = {"composite": "composite", FIRST: "first", SECOND: "second"}
 COLORS = {"CAT": "#2f6db5", "Lora": "#3f9b76", "data": "#c98a2b", "LoRA": "#c98a2b"}
 PLAIN = "#9aa0a6"
 MARKERS = "osD^vP"
 
-Spread = tuple[float, float]
+Spread = tuple[float, float | None]
 
 
 def write(folder: Path, results: Results) -> Path:
@@ -93,34 +94,34 @@ def measured(results: Results) -> list[str]:
 
 
 def of(results: Results, way: str, kind: str, names: Iterable[str]) -> Spread | None:
-    """Mean over composites, and its standard deviation over the seeds for which all of them are measured."""
+    """Mean over composites, and its standard deviation over the seeds for which all are measured, None for one seed."""
     by_part = {(r["composite"], r["seed"]): r["scores"][way][kind] for r in results.records}
     seeds = [s for s in range(results.settings.seeds) if all((name, s) in by_part for name in names)]
     if not names or not seeds:
         return None
     means = [statistics.mean(by_part[name, seed] for name in names) for seed in seeds]
-    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
 
 
 def _order(results: Results) -> list[str]:
-    """Whether the order of the LoRA Soups paper comes out."""
+    """Whether the order of the LoRA Soups paper comes out, for either form of CAT."""
     names = measured(results)
     means = {way: spread[0] for way in WAYS if (spread := of(results, way, "composite", names)) is not None}
     if not means:
         return []
-    single, static = ([FIRST, SECOND], [way.name for way in STATIC])
-    values = [max(means[w] for w in single), max(means[w] for w in static), *(means[way] for way in PAPER[2:])]
-    # the printed digits decide what is equal
-    shown = {what: round(value, 3) for what, value in zip(PAPER, values, strict=True)}
-    order = sorted(PAPER, key=shown.__getitem__)
-    told = f"{order[0]} ({shown[order[0]]:.1%})"
-    for lower, higher in itertools.pairwise(order):
-        told += f" {'<' if shown[lower] < shown[higher] else '='} {higher} ({shown[higher]:.1%})"
-    same = all(shown[lower] < shown[higher] for lower, higher in itertools.pairwise(PAPER))
-    return [
-        f"- Order: {told}; {'as in' if same else 'not that of'} the paper.",
-        f"- The paper's order: {' < '.join(PAPER)}.",
-    ]
+    lines = []
+    for cat in CATS:
+        expected = *PAPER, cat
+        best = max(means[way] for way in (FIRST, SECOND)), max(means[way.name] for way in STATIC)
+        # the printed digits decide what is equal
+        shown = [round(value, 3) for value in (*best, means[PAPER[-1]], means[cat])]
+        places = sorted(range(4), key=shown.__getitem__)
+        told = f"{expected[places[0]]} ({shown[places[0]]:.1%})"
+        for lower, higher in itertools.pairwise(places):
+            told += f" {'<' if shown[lower] < shown[higher] else '='} {expected[higher]} ({shown[higher]:.1%})"
+        same = all(lower < higher for lower, higher in itertools.pairwise(shown))
+        lines.append(f"- Order: {told}; {'as in' if same else 'not that of'} the paper.")
+    return [*lines, f"- The paper's order: {' < '.join(PAPER)} < CAT."]
 
 
 def _facts(results: Results, way: str) -> list[str]:
@@ -135,7 +136,9 @@ def _facts(results: Results, way: str) -> list[str]:
 
 
 def _told(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread[0]:.1%} ± {100 * spread[1]:.1f}"
+    if spread is None:
+        return "-"
+    return f"{spread[0]:.1%}" + ("" if spread[1] is None else f" ± {100 * spread[1]:.1f}")
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -155,7 +158,7 @@ def plot(results: Results):
             spread = of(results, way, kind, names)
             if spread is not None:
                 color = COLORS.get(way[:4].strip(), PLAIN)
-                axes.barh(y, spread[0], 0.72, xerr=spread[1], color=color, error_kw={"elinewidth": 1})
+                axes.barh(y, spread[0], 0.72, xerr=spread[1] or 0.0, color=color, error_kw={"elinewidth": 1})
         axes.set_title(title, fontsize=10)
         axes.set_xlim(0, 1.04)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
