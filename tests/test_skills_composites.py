@@ -139,7 +139,10 @@ def delta(adapter, module):
 def test_learned_ways_leave_the_model_alone_and_are_read_again(way, lesson, monkeypatch):
     before = {name: tensor.clone() for name, tensor in lesson.model.state_dict().items()}
     usual = lesson.model.config._attn_implementation
+    lesson.model.lm_head.weight.requires_grad_(False)
+    trainable = [weight.requires_grad for weight in lesson.model.parameters()]
     adapter, facts = learn(way, lesson)
+    assert [weight.requires_grad for weight in lesson.model.parameters()] == trainable
     after = lesson.model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     assert lesson.model.config._attn_implementation == usual and not lesson.model.training

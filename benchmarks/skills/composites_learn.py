@@ -127,11 +127,15 @@ def lora(lesson: Lesson, composite: bool) -> Learned:
         facts.update({"steps": step, "loss": loss} | ({"first loss": loss} if step == 1 else {}))
         lesson.report(f"step {step}/{recipe.steps} {loss:.2f}")
 
+    trainable = {name: weight.requires_grad for name, weight in lesson.model.named_parameters()}
     trained = train_on(draw, recipe, lesson.model, lesson.tokenizer, run_dir=lesson.folder / "run", report=report)
     try:
         export(trained, lesson.folder / "trained")
     finally:
         trained.unload().eval()
+        # Frozen bfloat16 weights would take torch's slower matmul on a CPU, in all answers from here on.
+        for name, weight in lesson.model.named_parameters():
+            weight.requires_grad_(trainable[name])
     return lk.LoraAdapter.load(lesson.folder / "trained"), facts
 
 
