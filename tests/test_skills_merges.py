@@ -59,6 +59,21 @@ def test_every_way_merges_at_its_rank():
     assert torch.equal(mean.B, exact.B) and mean.scale == exact.scale
 
 
+class Characters:
+    """Stands in for a tokenizer: a token is a character's number, and 0 says nothing."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return ["".join(chr(token) for token in row if token) for row in rows.tolist()]
+
+
+def test_replies_end_where_they_cannot_become_right():
+    replies = merges.Replies(Characters(), 2, ["a bc"] * 6)
+    texts = ["", " a", "a b", "a bc", "a bd", "a bcd"]
+    tokens = torch.tensor([[7, 7, *map(ord, text)] + [0] * (5 - len(text)) for text in texts])
+    assert replies(tokens, None).tolist() == [False] * 4 + [True] * 2
+    assert replies.read(tokens) == [text.strip() for text in texts]
+
+
 def test_pairs_take_turns():
     names = [f"s{i}" for i in range(6)]
     assert len(settings(names, 5, 1).sets) == 15 + 1

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.skills`: train the skill adapters, score them alone and merged, list them."""
+"""`python -m benchmarks.skills`: train the skill adapters, score them alone, merged and composed, list them."""
 
 from __future__ import annotations
 
@@ -176,6 +176,56 @@ def iteris(
             lambda note: progress.update(bar, completed=len(results.runs), note=note),
         )
     console.print(f"{iteris_page.write(out, results)} is written")
+
+
+@app.command()
+def composites(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[COMPOSITE]...", help="Composites to ask; the committed ones by default."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a composite and seed.")] = 40,
+    own: Annotated[int, typer.Option(min=1, help="Held-out questions of each skill alone, a composite and seed.")] = 20,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of the questions, the examples and the methods.")] = 3,
+    quick: Annotated[
+        bool, typer.Option(help="One seed, few questions, examples and steps: minutes, not an hour.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for composites.json, .md and .png; a run goes on there.")] = HERE,
+    runs: Annotated[Path, typer.Option(help="Where learned adapters live; a killed run continues from there.")] = Path(
+        "runs/composites"
+    ),
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Score every way to compose two skills on questions that take both; a run that was stopped goes on."""
+    from benchmarks.skills import composites_page
+    from benchmarks.skills import composites_run as work
+    from benchmarks.skills.composites import ASKED, COMPOSITES
+    from lorakern import LoraAdapter
+    from lorakern.integrations import smollm2
+
+    unknown = [name for name in names or [] if name not in COMPOSITES]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}; it takes {', '.join(map(repr, COMPOSITES))}")
+    if quick and out == HERE:
+        raise typer.BadParameter("--quick needs an --out of its own: it would not continue the committed results")
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = tuple(names or ASKED)
+    wanted = work.quick(chosen) if quick else work.Settings(chosen, count, own, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    results = work.Results(out / "composites.json", wanted)
+    skills = {skill for name in chosen for skill in COMPOSITES[name].skills}
+    adapters = {skill: LoraAdapter.load(ADAPTERS / skill) for skill in skills}
+    model, tokenizer = smollm2.load(torch.bfloat16)
+    with _progress() as progress:
+        bar = progress.add_task("answers", total=wanted.answers * len(wanted.parts()), note="")
+
+        def report(answers: int, note: str) -> None:
+            progress.update(bar, advance=answers, note=note)
+
+        for _ in work.run(results, model, tokenizer, adapters, runs, report):
+            progress.console.print(f"{composites_page.write(out, results)}: {len(results.missing())} parts to go")
+    console.print(f"{composites_page.write(out, results)} is written")
 
 
 @app.command("list")

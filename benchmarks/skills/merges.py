@@ -162,9 +162,22 @@ def measure(
     wanted: Settings,
     on_answers: Callable[[int], None],
 ) -> dict[str, dict[str, list[float]]]:
-    """Exact match by way, skill and seed; `ways` are adapters by seed, None for the base model.
+    """Exact match by way, skill and seed; `ways` are adapters by seed, None for the base model."""
+    seeds = range(wanted.seeds)
+    questions = {skill: [held_out_items(skill, wanted.count, seed) for seed in seeds] for skill in skills}
+    return ask(model, tokenizer, ways, questions, on_answers)
 
-    All ways answer a question in one batch: each row has its own adapter.
+
+def ask(
+    model,
+    tokenizer,
+    ways: Mapping[str, Sequence[lk.LoraAdapter | None]],
+    questions: Mapping[str, Sequence[list[Item]]],
+    on_answers: Callable[[int], None],
+) -> dict[str, dict[str, list[float]]]:
+    """Exact match by way, kind of question and seed; both arguments hold a list by seed, None for the base model.
+
+    Each row of a batch has its own adapter. Rows of one way are neighbours: what fails, fails early and together.
     """
     slots: dict[str, lk.LoraAdapter] = {}
     slot_of = {}
@@ -174,34 +187,52 @@ def measure(
             slot_of[way, seed] = None if adapter is None else slot
             if adapter is not None:
                 slots[slot] = adapter
-    scores: dict[str, dict[str, list[float]]] = {way: {skill: [] for skill in skills} for way in ways}
+    scores: dict[str, dict[str, list[float]]] = {way: {kind: [] for kind in questions} for way in ways}
     attached = attach(model, slots)
     try:
-        for skill, seed in itertools.product(skills, range(wanted.seeds)):
-            items = held_out_items(skill, wanted.count, seed)
-            rows = [(slot_of[way, seed], item) for item in items for way in ways]
-            replies = answers(attached, tokenizer, rows, on_answers)
-            for place, way in enumerate(ways):
-                scores[way][skill].append(exact_match(replies[place :: len(ways)], items))
+        for kind, of_seeds in questions.items():
+            for seed, items in enumerate(of_seeds):
+                rows = [(slot_of[way, seed], item) for way in ways for item in items]
+                replies = answers(attached, tokenizer, rows, on_answers)
+                for place, way in enumerate(ways):
+                    own = replies[place * len(items) : (place + 1) * len(items)]
+                    scores[way][kind].append(exact_match(own, items))
     finally:
         attached.detach()
     return scores
 
 
+class Replies:
+    """Reads the replies of a batch; as a stopping criterion it ends those that are not the right one's beginning."""
+
+    def __init__(self, tokenizer, start: int, right: Sequence[str]) -> None:
+        self.tokenizer, self.start, self.right = tokenizer, start, right
+
+    def read(self, tokens: torch.Tensor) -> list[str]:
+        texts = self.tokenizer.batch_decode(tokens[:, self.start :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def __call__(self, tokens: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        pairs = zip(self.read(tokens), self.right, strict=True)
+        return torch.tensor([not right.startswith(reply) for reply, right in pairs])
+
+
 def answers(
     attached, tokenizer, rows: Sequence[tuple[str | None, Item]], on_answers: Callable[[int], None]
 ) -> list[str]:
-    """The greedy answer of every row's own adapter, cut off where it is longer than the right one can be."""
+    """The greedy answer of every row's own adapter, cut off where it can no longer be the right one."""
     longest = max(len(tokenizer(answer).input_ids) for _, (_, answer) in rows)
     out: list[str] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         texts = [format_prompt(prompt) for _, (prompt, _) in batch]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        replies = Replies(tokenizer, inputs.input_ids.shape[1], [answer for _, (_, answer) in batch])
         with torch.inference_mode(), attached.use([slot for slot, _ in batch]):
-            tokens = attached.model.generate(**inputs, max_new_tokens=longest + SPARE_TOKENS, do_sample=False)
-        replies = tokenizer.batch_decode(tokens[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        out += [reply.strip() for reply in replies]
+            tokens = attached.model.generate(
+                **inputs, max_new_tokens=longest + SPARE_TOKENS, do_sample=False, stopping_criteria=[replies]
+            )
+        out += replies.read(tokens)
         on_answers(len(batch))
     return out
 

@@ -54,21 +54,29 @@ def stream(name: str, *, held_out: bool, seed: int) -> Iterator[Item]:
     """
     if name not in SKILLS:
         raise LorakernError(f"skill is {name!r}; it takes one of {', '.join(sorted(SKILLS))}")
+    return drawn(SKILLS[name], name, held_out=held_out, seed=seed)
+
+
+def drawn(generator: Generator, name: str, *, held_out: bool, seed: int) -> Iterator[Item]:
+    """The items of one split that a generator makes of a seed; `name` keeps the seeds of generators apart."""
     rng = random.Random(f"{name}/{'held-out' if held_out else 'train'}/{seed}")
     while True:
-        item = SKILLS[name](rng)
+        item = generator(rng)
         if is_held_out(item[0]) == held_out:
             yield item
 
 
 def held_out_items(name: str, count: int, seed: int = 0) -> list[Item]:
     """The first `count` different items of the held-out stream."""
-    items: dict[str, str] = {}
-    for prompt, answer in stream(name, held_out=True, seed=seed):
-        items.setdefault(prompt, answer)
-        if len(items) == count:
-            return list(items.items())
-    raise AssertionError("the stream is endless")
+    return different(stream(name, held_out=True, seed=seed), count)
+
+
+def different(items: Iterator[Item], count: int) -> list[Item]:
+    """The first `count` items of an endless stream that have different prompts."""
+    kept: dict[str, str] = {}
+    while len(kept) < count:
+        kept.setdefault(*next(items))
+    return list(kept.items())
 
 
 @skill

@@ -20,10 +20,20 @@ from lorakern.errors import LorakernError
 
 IGNORED = -100
 Report = Callable[[int, float, float], None]
+Draw = Callable[[int], list[Item]]
 
 
-def train(
-    name: str,
+def train(name: str, recipe: Recipe, model: torch.nn.Module, tokenizer, **options) -> PeftModel:
+    """`train_on` the endless items of one skill of `benchmarks.skills.tasks.SKILLS`."""
+
+    def draw(step: int) -> list[Item]:
+        return list(islice(stream(name, held_out=False, seed=step), recipe.batch))
+
+    return train_on(draw, recipe, model, tokenizer, **options)
+
+
+def train_on(
+    draw: Draw,
     recipe: Recipe,
     model: torch.nn.Module,
     tokenizer,
@@ -34,13 +44,13 @@ def train(
     stop_at: int | None = None,
     report: Report | None = None,
 ) -> PeftModel:
-    """Train the adapter of one skill, or continue the run that `run_dir` holds.
+    """Train an adapter, or continue the run that `run_dir` holds.
 
     The batch of a step depends on the step number alone and nothing else is random after the initialisation, so a
     killed run that continues ends with the same weights as one that was never interrupted.
 
     Args:
-        name: a skill of `benchmarks.skills.tasks.SKILLS`.
+        draw: the items of a step's batch, of the step's number from 0 alone.
         recipe: the shape of the adapter and its schedule.
         model: the base model; its weights are frozen, and moved to `device`.
         tokenizer: the tokenizer of the model.
@@ -68,8 +78,8 @@ def train(
     step, history = _resume(checkpoint, recipe, peft_model, optimizer, device)
 
     while not _finished(recipe, step, history) and step != stop_at:
-        items = list(islice(stream(name, held_out=False, seed=step), recipe.batch))
-        loss, exact = _step(peft_model, optimizer, weights, collate(tokenizer, items, device), _rate(recipe, step))
+        batch = collate(tokenizer, draw(step), device)
+        loss, exact = _step(peft_model, optimizer, weights, batch, _rate(recipe, step))
         step += 1
         history.append(exact)
         if report is not None:
