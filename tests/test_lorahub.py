@@ -99,6 +99,53 @@ def test_the_evolution_strategy_keeps_to_bound_and_budget_and_finds_a_minimum_on
     assert found == pytest.approx([0.5, 1.5, -1.0], abs=0.02)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_generations_keep_to_bound_and_budget_and_find_a_minimum_on_the_edge(seed):
+    tried = []
+
+    def many(candidates):
+        tried.append(candidates)
+        return [sum((w - goal) ** 2 for w, goal in zip(c, (0.5, 4.0, -1.0), strict=True)) for c in candidates]
+
+    found = lorahub.evolution(SimpleNamespace(many=many), [0.0] * 3, bound=1.5, budget=301, seed=seed)
+    assert [len(candidates) for candidates in tried] == [8] * 37 + [5] and tried[0][0] == [0.0] * 3
+    assert max(abs(w) for candidates in tried for weights in candidates for w in weights) <= 1.5
+    assert found == pytest.approx([0.5, 1.5, -1.0], abs=0.02)
+
+
+@pytest.mark.parametrize("combine", lorahub.COMBINATIONS)
+@pytest.mark.parametrize("tokens", [1, 40, 10_000])
+def test_candidates_at_once_have_the_scores_that_they_have_alone(combine, tokens, monkeypatch):
+    monkeypatch.setattr(lorahub, "TOKENS", tokens)
+    model, calls = llama(), []
+    data = [
+        *batches(2),
+        {"input_ids": [[3, 4, 5, 6]], "attention_mask": [[1, 1, 1, 0]], "labels": [[-100, -100, 5, -100]]},
+    ]
+    candidates = [[0.3 * k, -0.2, 0.1 * k - 0.5] for k in range(5)]
+
+    def optimizer(objective, start, *, bound, budget, seed):
+        scores = objective.many(candidates) if seed else [objective(weights) for weights in candidates]
+        return candidates[scores.index(min(scores))]
+
+    model.register_forward_hook(lambda module, inputs, output: calls.append(output.logits.shape[0]))
+    options = {"combine": combine, "optimizer": optimizer, "budget": 5}
+    together, apart = (lorahub.search(model, three(model), data, seed=seed, **options) for seed in (1, 0))
+    assert [weights for weights, _ in together.trace] == [weights for weights, _ in apart.trace]
+    assert [s for _, s in together.trace] == pytest.approx([s for _, s in apart.trace], rel=1e-5)
+    at_once = {1: 15, 40: 3 + 3 + 1, 10_000: 3}[tokens]
+    assert len(calls) == at_once + 15
+
+
+def test_a_model_with_a_loss_of_its_own_is_asked_for_it():
+    model = llama()
+    model.loss_function = lambda logits, labels, vocab_size, **options: logits.square().mean()
+    hub = lorahub.search(model, three(model), batches(1), budget=9)
+    with attach(model, {"merged": hub.adapter()}).use(["merged"]):
+        want = logits(model, batches(1)[0]).square().mean().item()
+    assert hub.score == pytest.approx(want + 0.05 * sum(map(abs, hub.weights)) / 3, rel=1e-4)
+
+
 def fixed(*candidates, result=None):
     def optimizer(objective, start, *, bound, budget, seed):
         for candidate in candidates:
@@ -167,7 +214,7 @@ def test_candidates_without_a_finite_loss_lose_and_if_all_do_it_is_an_error():
 def test_nevergrad_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "nevergrad", None)
     model = llama()
-    with pytest.raises(lk.LorakernError, match=r"pip install nevergrad.*one_plus_one"):
+    with pytest.raises(lk.LorakernError, match=r"pip install nevergrad.*evolution"):
         lorahub.search(model, three(model), batches(), optimizer=lorahub.nevergrad)
 
 

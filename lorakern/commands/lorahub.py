@@ -7,7 +7,11 @@ from lorakern.commands.learned import Clock, Run, told
 from lorakern.errors import LorakernError
 from lorakern.merge import lorahub
 
-OPTIMIZERS = {"one-plus-one": lorahub.one_plus_one, "nevergrad": lorahub.nevergrad}
+OPTIMIZERS = {
+    "evolution": lorahub.evolution,
+    "one-plus-one": lorahub.one_plus_one,
+    "nevergrad": lorahub.nevergrad,
+}
 TITLE = "LoRA adapters merged by LoraHub"
 WHAT = "The adapters as one, with a weight for each that was searched on a few examples, without gradients."
 

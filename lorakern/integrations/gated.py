@@ -16,24 +16,34 @@ from lorakern.ops import Plan, expand, plan, shrink
 
 
 class Route(NamedTuple):
-    """Every token to all slots: indices (T, N), and their plan."""
+    """Every token to the one slot: indices (T, 1), and their plan."""
 
     indices: torch.Tensor
     plan: Plan
 
 
 class Layer:
-    """The adapters of one layer, in slots, and the transposed factors that its backward multiplies by."""
+    """The ranks of all adapters of one layer, one after the other in one slot, so that no rank is padded.
+
+    A (1, R, d_in), B (1, d_out, R), their transposes for the backward, and for each of the R ranks its adapter's place
+    among the holders (`owner`), that adapter's scale, and which ranks have the same place within theirs (`crossing`,
+    (R, R) of 0 and 1).
+    """
 
     def __init__(self, slots: LayerSlots, factors: Mapping[int, LoraFactors]) -> None:
         self.holders = list(factors)
         self.d_in, self.d_out = slots.d_in, slots.d_out
-        slots.reserve(len(factors), max(f.rank for f in factors.values()))
-        for slot, f in enumerate(factors.values()):
-            slots.write(slot, f)
-        (self.A,), (self.B,), self.scale, self.ranks, _ = slots.bank
+        scale, group = slots.bank.scale, slots.bank.group
+        given, like = list(factors.values()), {"dtype": group.dtype, "device": group.device}
+        self.A = torch.cat([f.A.to(**like) for f in given])[None]
+        self.B = torch.cat([f.B.to(**like) for f in given], dim=1)[None].contiguous()
         # as the kernels take them: B^T in the place of A, and A^T in that of B
         self.B_t, self.A_t = self.B.mT.contiguous(), self.A.mT.contiguous()
+        ranks = torch.tensor([f.rank for f in given])
+        self.owner = torch.arange(len(given)).repeat_interleave(ranks).to(group.device)
+        place = torch.cat([torch.arange(rank) for rank in ranks.tolist()]).to(group.device)
+        self.crossing = (place[:, None] == place).to(scale.dtype)
+        self.scale = torch.tensor([f.scale for f in given], dtype=scale.dtype, device=group.device)[self.owner]
 
 
 class GatedModel:
@@ -49,7 +59,8 @@ class GatedModel:
     Attributes:
         modules: paths of the M targeted layers, as the adapters name them.
         held: (M, N) bool, which adapter has which module; on the device of the first.
-        gates: (M, N) float32 or float64, set by the caller; autograd follows them. None is the base model.
+        gates: (M, N) float32 or float64, set by the caller; autograd follows them. (C, M, N) are gates for each of C
+            equal parts of the batch, one after the other. None is the base model.
         crossed: whether the ranks of all adapters are summed before B multiplies them, as LoraHub does:
             ``(sum_i gates[m, i] s_i B_i) (sum_j gates[m, j] A_j x)``. Without gradients.
 
@@ -90,7 +101,7 @@ class GatedModel:
     def gates(self, gates: torch.Tensor | None) -> None:
         self._gates = gates
         # one node of the graph for all layers
-        self._rows = None if gates is None else gates.unbind()
+        self._rows = None if gates is None else gates.unbind(-2)
 
     def __enter__(self) -> "GatedModel":
         self._training = {module: module.training for module in self.model.modules()}
@@ -121,21 +132,23 @@ class GatedModel:
                 return None
             (x,) = inputs or named.values()
             gates = self._rows[m].to(x.device, layer.scale.dtype)
-            if len(gates) > len(layer.holders):
-                gates = gates[layer.holders]
-            route = self._route(x.numel() // layer.d_in, len(layer.holders), x.device)
+            if gates.shape[-1] > len(layer.holders):
+                gates = gates[..., layer.holders]
+            route = self._route(x.numel() // layer.d_in, x.device)
+            if gates.dim() > 1:
+                gates = gates.repeat_interleave(len(route.indices) // len(gates), dim=0)
             return _GatedUpdate.apply(y, x, gates, layer, route, self.crossed)
 
         return add_update
 
-    def _route(self, tokens: int, adapters: int, device: torch.device) -> Route:
-        key = tokens, adapters, device
+    def _route(self, tokens: int, device: torch.device) -> Route:
+        key = tokens, device
         if key not in self._routes:
             # batches of ever new lengths would fill the memory
             if len(self._routes) >= 64:
                 self._routes.clear()
-            indices = torch.arange(adapters, dtype=torch.int32, device=device).repeat(tokens, 1)
-            self._routes[key] = Route(indices, plan(indices, adapters))
+            indices = torch.zeros(tokens, 1, dtype=torch.int32, device=device)
+            self._routes[key] = Route(indices, plan(indices, 1))
         return self._routes[key]
 
 
@@ -162,21 +175,23 @@ def _layers(
 
 
 class _GatedUpdate(torch.autograd.Function):
-    """y += sum_i gates[i] s_i B_i (A_i x), in place; differentiable by y, x and gates (N,).
+    """y += sum_i gates[i] s_i B_i (A_i x), in place; differentiable by y, x and gates, (N,) or (T, N).
 
     With ``h_i = A_i x`` and ``g_i = B_i^T dy``: ``dx = sum_i gates[i] s_i A_i^T g_i``, ``dgates[i] = s_i <h_i, g_i>``
-    summed over the tokens.
+    summed over the tokens that share them.
     """
 
     @staticmethod
     def forward(ctx, y, x, gates, layer, route, crossed):
         x_rows = x.reshape(-1, layer.d_in).to(layer.A.dtype)
-        h = shrink(x_rows, layer.A, route.indices, ranks=layer.ranks, plan=route.plan)
+        # (T, R), and what each rank is multiplied by, (R,) or (T, R)
+        h = shrink(x_rows, layer.A, route.indices, plan=route.plan)[0, :, 0]
         if crossed:
-            h = (h * gates[:, None]).sum(2, keepdim=True).expand_as(h).contiguous()
-        _expand_into(y.view(-1, layer.d_out), h, layer.B, gates, layer, route)
+            h = (h * gates[..., layer.owner]) @ layer.crossing.to(h.dtype)
+        by_rank = gates[..., layer.owner] * layer.scale
+        _expand_into(y.view(-1, layer.d_out), h * by_rank, layer.B, route)
         ctx.layer, ctx.route, ctx.x_like, ctx.crossed = layer, route, (x.shape, x.dtype), crossed
-        ctx.save_for_backward(h, gates)
+        ctx.save_for_backward(h, gates, by_rank)
         ctx.mark_dirty(y)
         return y
 
@@ -185,24 +200,22 @@ class _GatedUpdate(torch.autograd.Function):
     def backward(ctx, dy):
         if ctx.crossed:
             raise LorakernError("crossed gates have no gradient; search them under torch.no_grad")
-        h, gates = ctx.saved_tensors
+        h, gates, by_rank = ctx.saved_tensors
         layer, route, (shape, dtype) = ctx.layer, ctx.route, ctx.x_like
         dy_rows = dy.reshape(-1, layer.d_out).to(layer.B.dtype)
-        g = shrink(dy_rows, layer.B_t, route.indices, ranks=layer.ranks, plan=route.plan)
+        g = shrink(dy_rows, layer.B_t, route.indices, plan=route.plan)[0, :, 0]
         dx = dgates = None
         if ctx.needs_input_grad[1]:
             dx = dy_rows.new_zeros(dy_rows.shape[0], layer.d_in)
-            dx = _expand_into(dx, g, layer.A_t, gates, layer, route).view(shape).to(dtype)
+            dx = _expand_into(dx, g * by_rank, layer.A_t, route).view(shape).to(dtype)
         if ctx.needs_input_grad[2]:
-            dgates = layer.scale * torch.linalg.vecdot(h, g).sum((0, 1))
+            products = h * g if gates.dim() > 1 else torch.linalg.vecdot(h, g, dim=0)
+            dgates = torch.zeros_like(gates).index_add_(-1, layer.owner, products * layer.scale)
         return dy, dx, dgates, None, None, None
 
 
-def _expand_into(
-    y: torch.Tensor, h: torch.Tensor, B: torch.Tensor, gates: torch.Tensor, layer: Layer, route: Route
-) -> torch.Tensor:
-    """y += sum_i gates[i] s_i B_i h_i; by way of B's dtype where that of y is another, as under autocast."""
+def _expand_into(y: torch.Tensor, h: torch.Tensor, B: torch.Tensor, route: Route) -> torch.Tensor:
+    """y += B h, with h (T, R); by way of B's dtype where that of y is another, as under autocast."""
     target = y if y.dtype == B.dtype else torch.zeros_like(y, dtype=B.dtype)
-    options = {"scale": layer.scale, "ranks": layer.ranks, "plan": route.plan}
-    expand(target, h, B, route.indices, gates=gates.expand(route.indices.shape), **options)
+    expand(target, h[None, :, None], B, route.indices, plan=route.plan)
     return y if target is y else y.add_(target)
