@@ -32,7 +32,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")  # those of the
 RANK = 16
 STEPS = [("float32", 2, 32), ("float32", 2, 256), ("bfloat16", 2, 32), ("bfloat16", 2, 256), ("bfloat16", 4, 256)]
 SEARCHES = [("bfloat16", 4), ("bfloat16", 10), ("float32", 4)]
-ROWS, CANDIDATES, EXAMPLES, LENGTH = 6, 5, 5, 32
+ROWS, CANDIDATES, EXAMPLES, LENGTH = 6, 40, 5, 32
 EFFORT = Effort(12.0, 3, 9)
 
 
