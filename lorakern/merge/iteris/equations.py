@@ -85,7 +85,7 @@ def solve_symmetric(D: torch.Tensor, right: torch.Tensor, pivots: float, noise: 
     """
     size = D.diagonal().sqrt()
     if bool((size > 0).all()):
-        triangle, failed = torch.linalg.cholesky_ex(D / size / size[:, None])
+        triangle, failed = torch.linalg.cholesky_ex((D / size).div_(size[:, None]))
         if not failed and float(triangle.diagonal().amin()) ** 2 > pivots:
             return torch.cholesky_solve((right / size).T, triangle).T / size, 0
     values, vectors = torch.linalg.eigh(D)

@@ -23,29 +23,36 @@ class Products:
     """
 
     def __init__(self, d_in: int, device: torch.device, *, same: bool) -> None:
-        self._G = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        self._C = self._G if same else torch.zeros_like(self._G)
+        self._d_in, self._device, self._same = d_in, device, same
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # C, unless it is G, and the blocks of G on and right of its diagonal
+        self._sums: list[torch.Tensor] = []
 
     def add(self, X: torch.Tensor, X_merged: torch.Tensor) -> None:
         """More rows of X and as many of X~; neither may change afterwards."""
         self._waiting.append((X, X_merged))
-        if 2 * sum(len(rows) for rows, _ in self._waiting) >= len(self._G):
+        if 2 * sum(len(rows) for rows, _ in self._waiting) >= self._d_in:
             self._multiply()
 
     def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """C and G, once all rows are in."""
+        """C and G, once all rows are in: at least one piece, and none after this."""
         if self._waiting:
             self._multiply()
-        for first in range(BLOCK, len(self._G), BLOCK):
-            self._G[first:, first - BLOCK : first] = self._G[first - BLOCK : first, first:].T
-        return self._C, self._G
+        G = torch.empty(self._d_in, self._d_in, dtype=torch.float64, device=self._device)
+        for first in reversed(range(0, self._d_in, BLOCK)):
+            block = self._sums.pop()
+            G[first : first + BLOCK, first:] = block
+            G[first:, first : first + BLOCK] = block.T
+        return (G if self._same else self._sums.pop()), G
 
     def _multiply(self) -> None:
         X, X_merged = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting.clear()
-        for first in range(0, len(self._G), BLOCK):
-            last = first + BLOCK
-            self._G[first:last, first:].add_(X_merged[:, first:last].T @ X_merged[:, first:])
-        if self._C is not self._G:
-            self._C.add_(X.T @ X_merged)
+        factors = [] if self._same else [(X, X_merged)]
+        for first in range(0, self._d_in, BLOCK):
+            factors.append((X_merged[:, first : first + BLOCK], X_merged[:, first:]))
+        if not self._sums:
+            self._sums = [(left.T @ right).double() for left, right in factors]
+            return
+        for total, (left, right) in zip(self._sums, factors, strict=True):
+            total += left.T @ right
