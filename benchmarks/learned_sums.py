@@ -6,6 +6,9 @@ these, a sweep as the library makes it takes turns with the formula as it stands
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 import lorakern as lk
+from benchmarks import machine
+from benchmarks.records import check_target, write_beside
 from benchmarks.report import duration
 from benchmarks.skills.iteris import texts
 from benchmarks.timing import QUICK, Effort, in_turns
