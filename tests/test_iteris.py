@@ -12,7 +12,7 @@ from problems import error_ratio
 
 import lorakern as lk
 from lorakern.merge import iteris
-from lorakern.merge.iteris.equations import solve_symmetric
+from lorakern.merge.iteris.equations import cholesky, solve_symmetric
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -181,6 +181,16 @@ def test_directions_that_no_sample_reaches_get_no_update_and_are_reported():
     full = iteris.regmean(problem.model, problem.adapters, problem.samples, target="full")
     assert error_ratio(full.updates["0"], solution.updates["0"]) < 1e-4
     assert not solve(problem, iterations=1, alpha=1e-3).undetermined
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 3), (5, 2), (6, 2), (63, 16), (600, 256)])
+def test_cholesky_by_blocks(n, block):
+    X = torch.randn(n + 9, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    D = X.T @ X
+    L = cholesky(D.clone(), block).tril()
+    assert error_ratio(L, torch.linalg.cholesky(D)) < 1e-11
+    D[-1, -1] = -1.0
+    assert cholesky(D, block) is None
 
 
 def test_symmetric_systems_regular_and_singular():

@@ -85,13 +85,31 @@ def solve_symmetric(D: torch.Tensor, right: torch.Tensor, pivots: float, noise: 
     """
     size = D.diagonal().sqrt()
     if bool((size > 0).all()):
-        triangle, failed = torch.linalg.cholesky_ex(D / size / size[:, None])
-        if not failed and float(triangle.diagonal().amin()) ** 2 > pivots:
-            return torch.cholesky_solve((right / size).T, triangle).T / size, 0
+        triangle = cholesky((D / size).div_(size[:, None]))
+        if triangle is not None and float(triangle.diagonal().amin()) ** 2 > pivots:
+            return torch.cholesky_solve((right / size).T, triangle.T, upper=True).T / size, 0
     values, vectors = torch.linalg.eigh(D)
     kept = values > noise * values[-1]
     vectors = vectors[:, kept]
     return (right @ vectors / values[kept]) @ vectors.T, int((~kept).sum())
+
+
+def cholesky(D: torch.Tensor, block: int = 256) -> torch.Tensor | None:
+    """L with ``L L^T = D`` (n, n), in the place of D, whose upper part is left as it comes; None if it has none.
+
+    By blocks of columns: torch clears the other triangle of its result with strides of a whole column, which takes
+    longer than the decomposition where a matrix is larger than the cache.
+    """
+    for first in range(0, len(D), block):
+        last = first + block
+        D[first:, first:last].addmm_(D[first:, :first], D[first:last, :first].T, alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(D[first:last, first:last])
+        if failed:
+            return None
+        D[first:last, first:last] = corner
+        below = D[last:, first:last]
+        below.copy_(torch.linalg.solve_triangular(corner.T, below, upper=True, left=False))
+    return D
 
 
 class Energies(NamedTuple):

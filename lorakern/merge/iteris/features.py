@@ -1,6 +1,7 @@
 """Task models and the merged model on the same batches, and the inner products of what goes into their layers."""
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +13,7 @@ from lorakern.errors import LorakernError
 from lorakern.integrations.transformers import attach
 from lorakern.merge.inputs import Factors
 from lorakern.merge.iteris.layers import Layer
+from lorakern.merge.iteris.products import Products
 from lorakern.merge.iteris.samples import Batch, Samples
 
 # Layers that are given the same tensor share their inner products.
@@ -81,29 +83,23 @@ class Features:
         X, a row per token, is the input in task model i and X~ that in the merged model, whose parameters `merged`
         holds by name; without it, X~ is X. With a ratio, X~ is ``(1 - ratio) X~ + ratio X``.
 
-        Products of a batch are those of the features' own precision, float32 at least.
+        Products are those of the features' own precision, float32 at least.
         """
         leads = [group[0] for group in groups]
         calls = sum(self._calls[lead] for lead in leads)
-        sums = {}
-        for lead in leads:
-            G = lead.weight.new_zeros(lead.d_in, lead.d_in, dtype=torch.float64)
-            sums[lead] = (G, G if merged is None else torch.zeros_like(G))
+        sums = {lead: Products(lead.d_in, lead.weight.device, same=merged is None) for lead in leads}
         for batch in samples:
             features: dict[Layer, list[torch.Tensor]] = {lead: [] for lead in leads}
 
             def take(layer, x, batch=batch, features=features):
                 rows = self._rows(layer, x, batch.mask)
                 if merged is None:
-                    sums[layer][0].add_(rows.T @ rows)
+                    sums[layer].add(rows, rows)
                 features[layer].append(rows if merged is not None else None)
 
             def add(layer, x, batch=batch, features=features):
                 task, rows = features[layer].pop(0), self._rows(layer, x, batch.mask)
-                rows = torch.lerp(rows, task, ratio) if ratio else rows
-                C, G = sums[layer]
-                C.add_(task.T @ rows)
-                G.add_(rows.T @ rows)
+                sums[layer].add(task, torch.lerp(rows, task, ratio) if ratio else rows)
 
             with self._attached.use([self._names[i]]), _caught(leads, take, calls):
                 self._model(*batch.args, **batch.named)
@@ -116,13 +112,15 @@ class Features:
             if merged is not None:
                 with _caught(leads, add, calls):
                     functional_call(self._model, merged, batch.args, batch.named, tie_weights=False)
-        for lead in leads:
-            if not all(bool(torch.isfinite(part).all()) for part in sums[lead]):
+        products = [sums[lead].finish() for lead in leads]
+        for lead, parts in zip(leads, products, strict=True):
+            # sums of products are finite only if every one of them is
+            if not all(math.isfinite(float(part.sum())) for part in parts):
                 raise LorakernError(
                     f"{self._op}: the features of module {lead.name!r} under {self._names[i]!r} hold NaN or infinity; "
                     "leave that adapter out, give other samples, or run the model in float32 or bfloat16"
                 )
-        return [sums[lead] for lead in leads]
+        return products
 
     def _rows(self, layer: Layer, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """The input of a layer, a row for each token that is no padding: a copy, as the model may overwrite its own."""
@@ -134,7 +132,7 @@ class Features:
                     f"attention_mask {tuple(mask.shape)} cannot be told; give batches without padding"
                 )
             rows = rows[mask.reshape(-1)]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=mask is None)
 
 
 class _Enough(BaseException):

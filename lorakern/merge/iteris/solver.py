@@ -45,8 +45,9 @@ def solve(
     In the first sweep X~ = X; each further one takes X~ from the model merged by the sweep before, in all layers at
     once. Where an adapter leaves a layer alone that another one targets, its W_i is zero and counts.
 
-    Products of a batch are made in float32, added up and solved in float64. No features are kept but those of a
-    batch. Nothing is random. The model is unchanged afterwards, bit for bit, also after an error.
+    Products are made in float32, added up and solved in float64. No features are kept but those of a batch and, until
+    there are half as many rows as a layer has columns, those before it. Nothing is random. The model is unchanged
+    afterwards, bit for bit, also after an error.
 
     Args:
         model: any module whose targeted layers are `torch.nn.Linear` or transformers' `Conv1D`, and run as often in
