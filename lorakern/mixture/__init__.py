@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from lorakern.mixture.contrastive import retrieval_accuracy, train_encoder
 from lorakern.mixture.retriever import INSTRUCTION, LoraRetriever
 
-__all__ = ["INSTRUCTION", "LoraRetriever", "MiniLM"]
+__all__ = ["INSTRUCTION", "LoraRetriever", "MiniLM", "retrieval_accuracy", "train_encoder"]
 
 
 def __getattr__(name: str) -> Any:

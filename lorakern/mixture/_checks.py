@@ -44,10 +44,14 @@ def check_rows(value: Any, what: str, count: int | None = None) -> torch.Tensor:
     return rows
 
 
+def prefixed(texts: list[str], instruction: str) -> list[str]:
+    """What the encoder is given for texts."""
+    return [f"{instruction}: {text}" for text in texts] if instruction else texts
+
+
 def embed(encoder: Callable, texts: list[str], instruction: str) -> torch.Tensor:
     """(len(texts), d) float64: what the encoder makes of "instruction: text"."""
-    prompts = [f"{instruction}: {text}" for text in texts] if instruction else texts
-    return check_rows(encoder(prompts), "encoder: what it returns", len(texts))
+    return check_rows(encoder(prefixed(texts, instruction)), "encoder: what it returns", len(texts))
 
 
 def directions(rows: torch.Tensor, what: str) -> torch.Tensor:
