@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lorakern as lk
+from lorakern.backends import cpu
 from lorakern.mixture import LoraRetriever
 from lorakern.mixture._scores import best, exact_scores
 from lorakern.mixture.exact_index import ExactIndex
@@ -64,6 +66,27 @@ def test_any_shape_and_scale(seed, dim, count, k, power):
         part = rows[first : first + 700]
         store.add([str(first + i) for i in range(len(part))], part, False)
     assert searched(store, queries, k) == brute_force(rows, queries, k)
+
+
+@pytest.fixture(params=[*cpu._cpu.usable_isas(), "reference"])
+def kernels(request):
+    """Each instruction set of this CPU, and the specification."""
+    if request.param == "reference":
+        with lk.use_backend("reference"):
+            yield
+        return
+    before = cpu._cpu.current_isa()
+    cpu._cpu.force_isa(request.param)
+    yield
+    cpu._cpu.force_isa(before)
+
+
+@pytest.mark.parametrize("dim", [7, 48, 384])
+def test_every_kernel_keeps_the_bound(kernels, dim):
+    generator = torch.Generator().manual_seed(dim)
+    rows = clustered(3000, dim, 1e-3, generator) * torch.rand(3000, 1, generator=generator).pow(6)
+    queries = torch.randn(5, dim, generator=generator)
+    assert searched(store_of(rows), queries, 4) == brute_force(rows, queries, 4)
 
 
 def test_removed_rows_are_not_found_and_a_longer_row_rescales():
