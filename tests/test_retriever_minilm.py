@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_mean_pooling_leaves_the_padding_out(encoder):
 def test_bfloat16_is_near(encoder):
     rows = MiniLM(dtype=torch.bfloat16)(TEXTS)
     assert rows.dtype == torch.float32 and ((rows * encoder(TEXTS)).sum(1) > 0.99).all()
+
+
+def test_threads_get_what_one_gets(encoder):
+    expected = encoder(TEXTS[:3])
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: encoder(TEXTS[:3]), range(16)))
+    assert all(torch.allclose(rows, expected, atol=1e-6) for rows in found)
 
 
 def test_save_and_load(encoder, tmp_path):

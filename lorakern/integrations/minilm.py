@@ -91,6 +91,8 @@ class MiniLM(torch.nn.Module):
             raise LorakernError(f"MiniLM: folder {place} holds no model that transformers reads ({error})") from None
         self.eval()
         self.batch_size, self.max_tokens = batch_size, max_tokens
+        # the first call sets up the truncation, which two threads must not do at once
+        self._tokens([""])
 
     @property
     def identity(self) -> str:
@@ -109,7 +111,7 @@ class MiniLM(torch.nn.Module):
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """The same on the model's device, with gradients where they are enabled."""
         texts = list(texts)
-        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
+        tokens = self._tokens(texts) if texts else []
         # texts of like length together: padding costs as much as tokens do
         order = sorted(range(len(texts)), key=lambda i: len(tokens[i]))
         starts = range(0, len(texts), self.batch_size)
@@ -118,6 +120,9 @@ class MiniLM(torch.nn.Module):
             return torch.empty(0, self.model.config.hidden_size)
         rows = torch.cat(parts)
         return rows[torch.tensor(order, device=rows.device).argsort()]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
 
     def _pooled(self, tokens: list[list[int]]) -> torch.Tensor:
         shape = len(tokens), max(map(len, tokens))

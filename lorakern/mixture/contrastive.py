@@ -42,7 +42,8 @@ def train_encoder(
 
     Args:
         encoder: a module in float32 whose `embed(texts)` gives (n, d) with gradients, such as `MiniLM`; or, without
-            `embed`, one that is called. It is trained in place: parameters that require gradients.
+            `embed`, one that is called. All its parameters that require gradients are trained in place; adapters that
+            a retriever holds are to be added anew with it.
         tasks: at least two tasks, by name, with at least two sample texts each.
         steps: steps in all, those of earlier runs with this `state` included.
         batch_size: pairs a step, at least 2.
