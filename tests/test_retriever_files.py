@@ -1,5 +1,6 @@
 """Saved retrievers: what comes back, what a failed save leaves, and folders that somebody else wrote."""
 
+import hashlib
 import json
 
 import pytest
@@ -96,7 +97,7 @@ def other_vectors(make):
     def change(folder):
         data = save(make())
         (folder / VECTORS).write_bytes(data)
-        edit(sha256=__import__("hashlib").sha256(data).hexdigest())(folder)
+        edit(sha256=hashlib.sha256(data).hexdigest())(folder)
 
     return change
 

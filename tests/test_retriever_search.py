@@ -1,6 +1,7 @@
 """Exact search is brute force: random and clustered vectors, near ties, all scales; faiss finds most of it."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -143,6 +144,6 @@ def test_faiss_behind_the_same_interface(tmp_path):
 
 
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="pip install faiss-cpu"):
         LoraRetriever(index="faiss").add_embedding("a", torch.ones(3))
