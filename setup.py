@@ -131,6 +131,7 @@ setup(
         "lorakern.integrations.vllm",
         "lorakern.merge",
         "lorakern.merge.iteris",
+        "lorakern.mixture",
         "lorakern.ops",
         "lorakern.triton_kernels",
     ],

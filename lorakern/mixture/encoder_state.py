@@ -1,0 +1,107 @@
+"""A contrastive training on disk: encoder, optimizer and losses in one file, replaced as a whole."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lorakern.adapters.json_file import parse_object, show
+from lorakern.errors import LorakernError
+
+FILE = "train_encoder.safetensors"
+_KEY = "lorakern.train_encoder"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def digest(value: Any) -> str:
+    """A hash of plain data, in its order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+class EncoderState:
+    """The last step that was written; `arguments` are those of the call, and those that the file must have."""
+
+    def __init__(self, folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
+        self._file = Path(folder) / FILE
+        self._arguments = dict(arguments)
+
+    def load(
+        self, encoder: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> list[float]:
+        """Put encoder and optimizer where they were, and return the losses; nothing is changed if there is no file.
+
+        Raises:
+            LorakernError: the file is damaged, of other arguments, or of another encoder.
+        """
+        if not self._file.exists():
+            return []
+        hint = f"give another state folder, or remove {self._file} to begin anew"
+        try:
+            with safe_open(self._file, framework="pt") as tensors:
+                text = (tensors.metadata() or {}).get(_KEY)
+                shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                losses = self._checked(text, hint)
+                expected = {name: tuple(tensor.shape) for name, tensor in self._tensors(encoder, trained).items()}
+                if shapes != expected:
+                    other = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
+                    raise LorakernError(f"state: {self._file} is of another encoder ({show(other)} differs); {hint}")
+                read = {name: tensors.get_tensor(name) for name in expected}
+        except (SafetensorError, OSError) as error:
+            raise LorakernError(f"state: {self._file} cannot be read ({error}); {hint}") from None
+        encoder.load_state_dict({name: read[f"encoder.{name}"] for name in encoder.state_dict()})
+        for name, weight in trained.items():
+            moments = {moment: read[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS}
+            optimizer.state[weight] = {"step": torch.tensor(float(len(losses))), **moments}
+        return losses
+
+    def save(
+        self,
+        encoder: torch.nn.Module,
+        trained: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        losses: list[float],
+    ) -> None:
+        tensors = self._tensors(encoder, trained)
+        for name, weight in trained.items():
+            for moment in _MOMENTS:
+                # a parameter that no loss depended on has no moments: they are zero
+                if moment in optimizer.state[weight]:
+                    tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
+        fields = {"arguments": self._arguments, "losses": losses}
+        # of a fixed name, so that what a kill leaves is overwritten
+        temporary = self._file.with_name(f".{FILE}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            save_file(copies, temporary, {_KEY: json.dumps(fields)})
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.replace(self._file)
+        except (OSError, SafetensorError) as error:
+            raise LorakernError(f"state: {self._file} cannot be written ({error}); give another folder") from error
+
+    def _checked(self, text: str | None, hint: str) -> list[float]:
+        if text is None:
+            raise LorakernError(f"state: {self._file} holds no training of an encoder; {hint}")
+        fields = parse_object(text.encode(), self._file, "the metadata")
+        arguments, losses = fields.get("arguments"), fields.get("losses")
+        if not isinstance(arguments, dict) or not isinstance(losses, list) or not losses:
+            raise LorakernError(f"state: {self._file} lacks arguments or losses; {hint}")
+        if not all(isinstance(loss, float) for loss in losses):
+            raise LorakernError(f"state: {self._file}: losses must be numbers, got {show(losses)}; {hint}")
+        for name, now in self._arguments.items():
+            if (then := arguments.get(name)) != now:
+                raise LorakernError(f"state: {self._file} is of another {name} ({show(then)}, now {show(now)}); {hint}")
+        return losses
+
+    @staticmethod
+    def _tensors(encoder: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """All that a file holds, with moments of zero."""
+        weights = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+        return weights | {f"{moment}.{name}": torch.zeros_like(w) for moment in _MOMENTS for name, w in trained.items()}
