@@ -49,7 +49,9 @@ def tokenizer():
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="?", pad_token="<end>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", unk_token="?", pad_token="<end>"
+    )
 
 
 @pytest.fixture(scope="module")
