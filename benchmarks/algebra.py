@@ -7,7 +7,6 @@ are too slow for all of them: they run on the seven modules of one layer, and ar
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from pathlib import Path
 import torch
 
 import lorakern as lk
-from benchmarks import machine
+from benchmarks.command import report
 from benchmarks.floors import ReadProbe
-from benchmarks.records import check_target, write_beside
 from benchmarks.report import duration
 from benchmarks.timing import Effort, in_turns
 from lorakern.errors import LorakernError
@@ -244,21 +242,9 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--dtype", action="append", choices=["float32", "bfloat16", "float16"], help="float32, bfloat16")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON lines")
     options = made.parse_args(arguments)
-    try:
-        check_target("--json", options.json)
-        known = machine.describe("cpu")
-        print("\n".join(machine.lines(known)), flush=True)
-        records = [{"machine": known}]
-        for dtype in options.dtype or ["float32", "bfloat16"]:
-            for record in measure(getattr(torch, dtype), options.quick):
-                records.append({"dtype": dtype, **record})
-                print("\n".join(lines(records[-1])), flush=True)
-        if options.json:
-            write_beside(options.json, "".join(json.dumps(record) + "\n" for record in records))
-    except LorakernError as error:
-        print(f"python -m benchmarks.algebra: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    dtypes = options.dtype or ["float32", "bfloat16"]
+    records = ({"dtype": d, **record} for d in dtypes for record in measure(getattr(torch, d), options.quick))
+    return report("benchmarks.algebra", records, lines, options.json)
 
 
 if __name__ == "__main__":

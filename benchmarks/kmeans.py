@@ -7,7 +7,6 @@ them and multiplying them at the machine's peak, and both spaces on either side 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import warnings
@@ -18,10 +17,9 @@ from pathlib import Path
 import torch
 
 import lorakern as lk
-from benchmarks import machine
 from benchmarks.algebra import LAYER, LAYERS
+from benchmarks.command import report
 from benchmarks.floors import FMA_ROUNDS, ReadProbe
-from benchmarks.records import check_target, write_beside
 from benchmarks.report import duration
 from benchmarks.timing import Effort, in_turns
 from lorakern.backends import cpu as cpu_backend
@@ -194,22 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON lines")
     options = made.parse_args(arguments)
     warnings.filterwarnings("ignore", module="sklearn")
-    try:
-        check_target("--json", options.json)
-        known = machine.describe("cpu")
-        print("\n".join(machine.lines(known)), flush=True)
-        if find_spec("sklearn") is None:
-            print("scikit-learn is not installed: no rival")
-        records = [{"machine": known}]
-        for record in measure(options.quick):
-            records.append(record)
-            print("\n".join(lines(record)), flush=True)
-        if options.json:
-            write_beside(options.json, "".join(json.dumps(record) + "\n" for record in records))
-    except LorakernError as error:
-        print(f"python -m benchmarks.kmeans: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    if find_spec("sklearn") is None:
+        print("scikit-learn is not installed: no rival")
+    return report("benchmarks.kmeans", measure(options.quick), lines, options.json)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """What do merges that learn cost? `python -m benchmarks.learned`, on SmolLM2-135M with two or more adapters.
 
 A step of LoRA Soups beside a plain forward and backward with one LoRA of the same total rank; a candidate of LoraHub
-beside PEFT's; IterIS's memory beside its sums, and its solve beside the naive one in float64.
+beside PEFT's; IterIS's memory beside its sums. Its solve is the question of `benchmarks.learned_sums`.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,10 @@ from typing import Any
 import torch
 
 import lorakern as lk
-from benchmarks import learned_iteris, machine
-from benchmarks.records import check_target, write_beside
+from benchmarks import learned_memory
+from benchmarks.command import report
 from benchmarks.report import duration
 from benchmarks.timing import Effort, in_turns
-from lorakern.errors import LorakernError
 from lorakern.integrations import smollm2
 from lorakern.integrations.gated import GatedModel
 from lorakern.merge import lorahub
@@ -148,13 +145,12 @@ def measure(quick: bool) -> Iterator[dict]:
         yield candidate(*case)
         gc.collect()
     for limit in (None,) if quick else (None, 400_000_000):
-        yield learned_iteris.memory(limit, 4 if quick else 50)
-    yield learned_iteris.solve(4 if quick else 50)
+        yield learned_memory.memory(limit, 4 if quick else 50)
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
     """A record, as it is printed."""
-    return {"cat": _cat, "lorahub": _lorahub, "memory": _memory, "solve": _solve}[record["case"]](record)
+    return {"cat": _cat, "lorahub": _lorahub, "memory": _memory}[record["case"]](record)
 
 
 def _cat(record: Mapping[str, Any]) -> list[str]:
@@ -189,38 +185,13 @@ def _memory(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _solve(record: Mapping[str, Any]) -> list[str]:
-    ours, naive, forwards = record["sweep"], record["naive"], record["forwards"]
-    ratio = (naive - forwards) / (ours - forwards)
-    return [
-        f"IterIS sweep, 4 adapters, {record['samples']} samples each: {duration(ours)}, "
-        f"{duration(forwards)} of it forwards",
-        f"{'':11}naive float64 sums and torch.linalg.solve, with the same forwards: {duration(naive)}",
-        f"{'':11}without the forwards: {ratio:.2f} times ours; updates agree to {record['difference']:.1e}",
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.learned", description=__doc__.partition("\n")[0])
     made.add_argument("--quick", action="store_true", help="one case of each, on few samples")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON lines")
     options = made.parse_args(arguments)
-    try:
-        check_target("--json", options.json)
-        known = machine.describe("cpu")
-        print("\n".join(machine.lines(known)), flush=True)
-        records, start = [{"machine": known}], time.perf_counter()
-        for record in measure(options.quick):
-            records.append(record)
-            print("\n".join(lines(record)), flush=True)
-        print(f"{time.perf_counter() - start:.0f} s in all")
-        if options.json:
-            write_beside(options.json, "".join(json.dumps(record) + "\n" for record in records))
-    except LorakernError as error:
-        print(f"python -m benchmarks.learned: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return report("benchmarks.learned", measure(options.quick), lines, options.json)
 
 
 if __name__ == "__main__":

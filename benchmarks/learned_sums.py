@@ -7,7 +7,6 @@ these, a sweep as the library makes it takes turns with the formula as it stands
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 import lorakern as lk
-from benchmarks import machine
-from benchmarks.records import check_target, write_beside
+from benchmarks.command import report
 from benchmarks.report import duration
 from benchmarks.skills.iteris import texts
 from benchmarks.timing import QUICK, Effort, in_turns
@@ -174,20 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--quick", action="store_true", help="four texts a skill, one size of batches")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the measurements as JSON lines")
     options = made.parse_args(arguments)
-    try:
-        check_target("--json", options.json)
-        known = machine.describe("cpu")
-        print("\n".join(machine.lines(known)), flush=True)
-        records = [{"machine": known}]
-        for batch in BATCHES[: 1 if options.quick else None]:
-            records.append(measure(batch, *((4, QUICK) if options.quick else (SAMPLES, EFFORT))))
-            print("\n".join(lines(records[-1])), flush=True)
-        if options.json:
-            write_beside(options.json, "".join(json.dumps(record) + "\n" for record in records))
-    except LorakernError as error:
-        print(f"python -m benchmarks.learned_sums: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    effort = (4, QUICK) if options.quick else (SAMPLES, EFFORT)
+    records = (measure(batch, *effort) for batch in BATCHES[: 1 if options.quick else None])
+    return report("benchmarks.learned_sums", records, lines, options.json)
 
 
 if __name__ == "__main__":
