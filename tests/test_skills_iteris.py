@@ -100,7 +100,7 @@ def test_page_and_plot(tmp_path):
     results = Results(tmp_path / "iteris.json", WANTED)
     assert "Unfinished: 4 of 4 runs" in iteris_page.page(results)
     for skills, seed in list(results.missing()):
-        results.add(fake_run(skills, seed, (5.0, 6.0, 4.0, 1.5 + 10 * seed)))
+        results.runs.append(fake_run(skills, seed, (5.0, 6.0, 4.0, 1.5 + 10 * seed)))
     (tmp_path / "iteris_notes.md").write_text("What it means.")
     page = iteris_page.write(tmp_path, results).read_text()
     of_seeds = [[fake_score(REGMEAN, s, seed) for skills in WANTED.sets for s in skills] for seed in range(2)]

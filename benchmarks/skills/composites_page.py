@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import random
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.records import write_beside
 from benchmarks.skills.composites import composite
 from benchmarks.skills.composites_learn import LEARNED
 from benchmarks.skills.composites_run import FIRST, KINDS, SECOND, STATIC, WAYS, Results
+from benchmarks.skills.results import Spread, chain, spread, table, told, write_page
 
 HOW = """\
 Exact match of greedy answers of SmolLM2-135M-Instruct to held-out questions that take two of its skill adapters at
@@ -46,17 +45,10 @@ COLORS = {"CAT": "#2f6db5", "Lora": "#3f9b76", "data": "#c98a2b", "LoRA": "#c98a
 PLAIN = "#9aa0a6"
 MARKERS = "osD^vP"
 
-Spread = tuple[float, float | None]
-
 
 def write(folder: Path, results: Results) -> Path:
     """Write `composites.md` and `composites.png` into a folder; `composites_notes.md` there ends the page."""
-    image = io.BytesIO()
-    plot(results).savefig(image, format="png")
-    write_beside(folder / "composites.png", image.getvalue())
-    notes = folder / "composites_notes.md"
-    write_beside(folder / "composites.md", page(results, notes.read_text() if notes.is_file() else ""))
-    return folder / "composites.md"
+    return write_page(folder, "composites", results, page, plot(results))
 
 
 def page(results: Results, notes: str = "") -> str:
@@ -71,18 +63,18 @@ def page(results: Results, notes: str = "") -> str:
     for name in wanted.composites:
         prompt, answer = composite(name).draw(random.Random(0))
         rows.append([name, prompt, f"`{answer}`"])
-    out += [*_table(["composite", "a question", "its answer"], rows), ""]
+    out += [*table(["composite", "a question", "its answer"], rows), ""]
     rows = []
     for way in WAYS:
         of_each = (of(results, way, "composite", [name]) for name in names)
         kept = (of(results, way, kind, names) for kind in KINDS)
-        rows.append([way, *map(_told, of_each), *map(_told, kept)])
-    out += _table(["way", *names, "mean", *(SHORT[kind] for kind in KINDS[1:])], rows)
+        rows.append([way, *map(told, of_each), *map(told, kept)])
+    out += table(["way", *names, "mean", *(SHORT[kind] for kind in KINDS[1:])], rows)
     out += ["", *_order(results), "", "![exact match of every way](composites.png)", ""]
-    out += ["## What was learned", "", "Means over composites and seeds. Weights: of the first and the second adapter."]
+    out += ["## What was learned", "", LEARNED_TEXT]
     out += [
         "",
-        *_table(["way", "weights", "first loss", "last loss", "steps"], [_facts(results, way) for way in LEARNED]),
+        *table(["way", "weights", "first loss", "last loss", "steps"], [_facts(results, way) for way in LEARNED]),
     ]
     return "\n".join([*out, ""]) + (f"\n{notes}" if notes else "")
 
@@ -100,13 +92,13 @@ def of(results: Results, way: str, kind: str, names: Iterable[str]) -> Spread | 
     if not names or not seeds:
         return None
     means = [statistics.mean(by_part[name, seed] for name in names) for seed in seeds]
-    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else None
+    return spread(means)
 
 
 def _order(results: Results) -> list[str]:
     """Whether the order of the LoRA Soups paper comes out, for either form of CAT."""
     names = measured(results)
-    means = {way: spread[0] for way in WAYS if (spread := of(results, way, "composite", names)) is not None}
+    means = {way: mean[0] for way in WAYS if (mean := of(results, way, "composite", names)) is not None}
     if not means:
         return []
     lines = []
@@ -116,11 +108,9 @@ def _order(results: Results) -> list[str]:
         # the printed digits decide what is equal
         shown = [round(value, 3) for value in (*best, means[PAPER[-1]], means[cat])]
         places = sorted(range(4), key=shown.__getitem__)
-        told = f"{expected[places[0]]} ({shown[places[0]]:.1%})"
-        for lower, higher in itertools.pairwise(places):
-            told += f" {'<' if shown[lower] < shown[higher] else '='} {expected[higher]} ({shown[higher]:.1%})"
         same = all(lower < higher for lower, higher in itertools.pairwise(shown))
-        lines.append(f"- Order: {told}; {'as in' if same else 'not that of'} the paper.")
+        order = chain({expected[place]: shown[place] for place in places})
+        lines.append(f"- Order: {order}; {'as in' if same else 'not that of'} the paper.")
     return [*lines, f"- The paper's order: {' < '.join(PAPER)} < CAT."]
 
 
@@ -135,17 +125,6 @@ def _facts(results: Results, way: str) -> list[str]:
     return told
 
 
-def _told(spread: Spread | None) -> str:
-    if spread is None:
-        return "-"
-    return f"{spread[0]:.1%}" + ("" if spread[1] is None else f" ± {100 * spread[1]:.1f}")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
 def plot(results: Results):
     """Bars of every way: on the composites, with a mark for each, and on the questions of the skills alone."""
     from matplotlib.figure import Figure
@@ -155,10 +134,10 @@ def plot(results: Results):
     grid = figure.subplots(1, 3, sharey=True, width_ratios=(2, 1, 1))
     for axes, kind, title in zip(grid, KINDS, ("composites", "first skill alone", "second skill alone"), strict=True):
         for y, way in enumerate(WAYS):
-            spread = of(results, way, kind, names)
-            if spread is not None:
+            bar = of(results, way, kind, names)
+            if bar is not None:
                 color = COLORS.get(way[:4].strip(), PLAIN)
-                axes.barh(y, spread[0], 0.72, xerr=spread[1] or 0.0, color=color, error_kw={"elinewidth": 1})
+                axes.barh(y, bar[0], 0.72, xerr=bar[1] or 0.0, color=color, error_kw={"elinewidth": 1})
         axes.set_title(title, fontsize=10)
         axes.set_xlim(0, 1.04)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lorakern as lk
 from benchmarks.records import write_beside
 from benchmarks.skills.composites import composite
 from benchmarks.skills.composites_learn import LEARNED, Budget, Facts, Lesson, optimizer_name, plain_attention
 from benchmarks.skills.merges import Way, ask
+from benchmarks.skills.results import Stored
 from benchmarks.skills.tasks import different, held_out_items
 from lorakern.errors import LorakernError
 
@@ -66,26 +67,15 @@ def quick(composites: Sequence[str]) -> Settings:
     return Settings(tuple(composites), 4, 2, 1, small)
 
 
-class Results:
-    """What is measured so far, in a file that is written after every part: a run that was stopped goes on there."""
+class Results(Stored):
+    """A record for each part that is measured."""
 
-    def __init__(self, path: Path, wanted: Settings) -> None:
-        self.path, self.settings, self.said = path, wanted, wanted.as_json()
-        self.records: list[dict[str, Any]] = []
-        if path.exists():
-            known = json.loads(path.read_text())
-            if known["settings"] != self.said:
-                raise LorakernError(f"{path} is of other settings; continue it with those, or move it away")
-            self.records = known["records"]
+    kept: ClassVar = {"records": list}
 
     def missing(self) -> list[tuple[str, int]]:
         """The parts that are not measured yet."""
         done = {(record["composite"], record["seed"]) for record in self.records}
         return [part for part in self.settings.parts() if part not in done]
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        write_beside(self.path, json.dumps({"settings": self.said, "records": self.records}, indent=1) + "\n")
 
 
 Report = Callable[[int, str], None]
@@ -131,7 +121,8 @@ def run(
         }
         scores = ask(model, tokenizer, ways, questions, lambda n, title=title: report(n, title))
         flat = {way: {kind: of_seed[0] for kind, of_seed in kinds.items()} for way, kinds in scores.items()}
-        results.add({"composite": name, "seed": seed, "scores": flat, "learned": learned})
+        results.records.append({"composite": name, "seed": seed, "scores": flat, "learned": learned})
+        results.save()
         yield
 
 

@@ -9,30 +9,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import lorakern as lk
-from benchmarks.records import write_beside
 from benchmarks.skills.evaluate import answers, exact_match
-from benchmarks.skills.tasks import END, format_prompt, held_out_items, stream
-from lorakern.errors import LorakernError
+from benchmarks.skills.merges import BASE, OWN, largest_ranks
+from benchmarks.skills.merges import WAYS as WITHOUT_DATA
+from benchmarks.skills.results import Stored
+from benchmarks.skills.tasks import END, different, format_prompt, held_out_items, stream
 from lorakern.merge import iteris
 
 ALPHA = 1e-5
 SWEEPS = (1, 2, 4)
 LAST = f"IterIS, {SWEEPS[-1]} sweeps"
 LORA = f"{LAST}, as LoRA"
-# method of lk.merge, and the weight of each adapter
-MERGES = {
-    "weight average": ("lorahub_linear", "1/N"),
-    "mean of the updates": ("cat", "1/N"),
-    "task arithmetic": ("cat", 0.4),
-    "TIES": ("ties", 1.0),
-}
-REGMEAN, BASE, OWN = "RegMean", "base model", "own adapter"
-WAYS = (*MERGES, REGMEAN, *(f"IterIS, {n} sweep{'s'[: n > 1]}" for n in SWEEPS), LORA)
+STATIC = tuple(
+    way for way in WITHOUT_DATA if way.name in ("weight average", "mean of the updates", "task arithmetic", "TIES, r")
+)
+REGMEAN = "RegMean"
+WAYS = (*(way.name for way in STATIC), REGMEAN, *(f"IterIS, {n} sweep{'s'[: n > 1]}" for n in SWEEPS), LORA)
 BATCH = 96
 SAMPLES_A_BATCH = 25
 
@@ -66,17 +63,10 @@ def settings(skills: Sequence[str], sets: int, samples: int, count: int, seeds: 
     return Settings(chosen, samples, count, seeds)
 
 
-class Results:
-    """What is measured so far, in a file that is written after every set and seed: a run that was stopped goes on."""
+class Results(Stored):
+    """A record for each set and seed that is measured."""
 
-    def __init__(self, path: Path, wanted: Settings) -> None:
-        self.path, self.settings = path, wanted
-        self.runs: list[dict[str, Any]] = []
-        if path.exists():
-            known = json.loads(path.read_text())
-            if known["settings"] != wanted.as_json():
-                raise LorakernError(f"{path} is of other settings; continue it with those, or move it away")
-            self.runs = known["runs"]
+    kept: ClassVar = {"runs": list}
 
     def missing(self) -> Iterator[tuple[tuple[str, ...], int]]:
         """The sets and seeds that are not measured yet."""
@@ -84,20 +74,11 @@ class Results:
         for seed in range(self.settings.seeds):
             yield from ((skills, seed) for skills in self.settings.sets if (skills, seed) not in done)
 
-    def add(self, run: dict[str, Any]) -> None:
-        self.runs.append(run)
-        content = {"settings": self.settings.as_json(), "runs": self.runs}
-        write_beside(self.path, json.dumps(content, indent=1) + "\n")
-
 
 def texts(skill: str, count: int, seed: int) -> list[str]:
     """So many different questions of the training split with their answers, as the skill's adapter was trained on."""
-    found: dict[str, str] = {}
-    for prompt, answer in stream(skill, held_out=False, seed=seed):
-        found.setdefault(prompt, format_prompt(prompt) + answer + END)
-        if len(found) == count:
-            return list(found.values())
-    raise AssertionError("the stream is endless")
+    items = different(stream(skill, held_out=False, seed=seed), count)
+    return [format_prompt(prompt) + answer + END for prompt, answer in items]
 
 
 def run(results: Results, adapters: Mapping[str, lk.LoraAdapter], model, scorer, tokenizer, report: Report) -> None:
@@ -124,7 +105,8 @@ def run(results: Results, adapters: Mapping[str, lk.LoraAdapter], model, scorer,
             for i, skill in enumerate(skills):
                 with folded.by(of(i)):
                     record["exact"][way] |= asked(scorer, tokenizer, [skill], results.settings.count, seed)
-        results.add(record)
+        results.runs.append(record)
+        results.save()
 
 
 def merged(
@@ -133,12 +115,9 @@ def merged(
     """Every way and its updates; objectives and the energy that the LoRA keeps go into the record."""
     common = {"tokenizer": tokenizer, "batch_size": SAMPLES_A_BATCH}
     common["progress"] = lambda done, total, what: report(f"{what} ({done + 1} of {total})")
-    for way, (method, weight) in MERGES.items():
-        report(way)
-        each = 1 / len(adapters) if weight == "1/N" else weight
-        options = {"density": 0.2, "rank": largest_rank(adapters)} if method == "ties" else {}
-        updates = lk.merge(adapters, method, weights=[each] * len(adapters), **options)
-        yield way, updates
+    for way in STATIC:
+        report(way.name)
+        yield way.name, way.merged(adapters, 0)
     updates = iteris.regmean(model, adapters, samples, alpha=ALPHA, **common).updates
     record["objectives"][REGMEAN] = sum(iteris.objective(model, adapters, samples, updates, **common).values())
     yield REGMEAN, updates
@@ -150,15 +129,9 @@ def merged(
             yield f"IterIS, {sweeps} sweep{'s'[: sweeps > 1]}", solution.updates
     record["objectives"]["IterIS"] = solution.objectives
     report("truncating")
-    lora, energy = solution.adapter(max(largest_rank(adapters).values()))
+    lora, energy = solution.adapter(max(largest_ranks(adapters).values()))
     record["energy"] = statistics.mean(energy.values())
     yield LORA, lora
-
-
-def largest_rank(adapters: Sequence[lk.LoraAdapter]) -> dict[str, int]:
-    """Module by module the largest rank among the adapters."""
-    modules = dict.fromkeys(module for adapter in adapters for module in adapter)
-    return {module: max(adapter[module].rank for adapter in adapters if module in adapter) for module in modules}
 
 
 class Folded:

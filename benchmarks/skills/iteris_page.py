@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.records import write_beside
 from benchmarks.skills.iteris import ALPHA, BASE, LAST, LORA, OWN, REGMEAN, SWEEPS, WAYS, Results
+from benchmarks.skills.results import chain, spread, table, told, write_page
 
 HOW = """\
 Four skill adapters in one model, merged from {samples} questions of each with their answers, from the training split.
@@ -18,27 +16,22 @@ weights and rounded once; the merges themselves are computed in float32. A seed 
 Numbers are means over {runs} runs with the standard deviation over the seeds.
 
 Weight average: A and B averaged apart from each other. Mean of the updates: cat with weights 1/4. Task arithmetic:
-cat with weights 0.4. TIES: density 0.2, weights 1. RegMean: one sweep, lambda = 1. IterIS: lambda of the full
-weights; alpha {alpha:g} for both (the default). The LoRA has, module by module, the largest rank among the four
-adapters. The objective is that of IterIS, of the merged model in its own features, also for RegMean, which does not
-minimise it."""
+cat with weights 0.4. TIES: density 0.2, weights 1, in each module the largest rank among the four adapters. RegMean:
+one sweep, lambda = 1. IterIS: lambda of the full weights; alpha {alpha:g} for both (the default). The LoRA has one
+rank in all modules, the largest of any module of the four adapters. The objective is that of IterIS, of the merged
+model in its own features, also for RegMean, which does not minimise it."""
 ORDER = ("mean of the updates", REGMEAN, LAST)
 
 
 def write(folder: Path, results: Results) -> Path:
     """Write `iteris.md` and `iteris.png` into a folder; `iteris_notes.md` there ends the page."""
-    image = io.BytesIO()
-    plot(results).savefig(image, format="png")
-    write_beside(folder / "iteris.png", image.getvalue())
-    notes = folder / "iteris_notes.md"
-    write_beside(folder / "iteris.md", page(results, notes.read_text() if notes.is_file() else ""))
-    return folder / "iteris.md"
+    return write_page(folder, "iteris", results, page, plot(results))
 
 
 def page(results: Results, notes: str = "") -> str:
     wanted, runs = results.settings, results.runs
-    told = HOW.format(samples=wanted.samples, count=wanted.count, runs=len(runs), alpha=ALPHA)
-    out = ["# Skill adapters merged by IterIS", "", told, ""]
+    how = HOW.format(samples=wanted.samples, count=wanted.count, runs=len(runs), alpha=ALPHA)
+    out = ["# Skill adapters merged by IterIS", "", how, ""]
     if unfinished := len(list(results.missing())):
         out += [f"**Unfinished: {unfinished} of {len(runs) + unfinished} runs are not measured yet.**", ""]
     if not runs:
@@ -46,8 +39,8 @@ def page(results: Results, notes: str = "") -> str:
     rows = []
     for way in (*WAYS, OWN, BASE):
         values = [objective for run in runs if (objective := objective_of(run, way)) is not None]
-        rows.append([way, _spread(results, way), f"{statistics.mean(values):.3g}" if values else ""])
-    out += _table(["merge", "exact match", "objective"], rows)
+        rows.append([way, told(spread(exact(results, way))), f"{statistics.mean(values):.3g}" if values else ""])
+    out += table(["merge", "exact match", "objective"], rows)
     out += ["", f"The LoRA keeps {statistics.mean(run['energy'] for run in runs):.0%} of the energy.", ""]
     out += [*_orders(results), "", "![exact match and objective](iteris.png)", "", "## Set by set, skill by skill", ""]
     for skills in wanted.sets:
@@ -56,7 +49,7 @@ def page(results: Results, notes: str = "") -> str:
             rows = [
                 [way, *(f"{_mean(run['exact'][way][skill] for run in of_set):.0%}" for skill in skills)] for way in WAYS
             ]
-            out += [*_table(["merge", *skills], rows), ""]
+            out += [*table(["merge", *skills], rows), ""]
     return "\n".join(out) + (f"\n{notes}" if notes else "")
 
 
@@ -79,29 +72,15 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.mean(list(values))
 
 
-def _spread(results: Results, way: str) -> str:
-    values = exact(results, way)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{_mean(values):.1%} ± {100 * deviation:.1f}"
-
-
 def _orders(results: Results) -> list[str]:
     """Whether the objective falls below RegMean's, and whether the order of exact match is the paper's."""
     runs = results.runs
     below = sum(objective_of(run, LAST) < objective_of(run, REGMEAN) for run in runs)
-    means = [round(_mean(exact(results, way)), 3) for way in ORDER]
-    told = ORDER[0] + f" ({means[0]:.1%})"
-    for lower, (way, higher) in itertools.pairwise(zip(ORDER, means, strict=True)):
-        told += f" {'<' if lower[1] < higher else '>='} {way} ({higher:.1%})"
+    order = chain({way: _mean(exact(results, way)) for way in ORDER})
     return [
         f"- The objective after {SWEEPS[-1]} sweeps is below RegMean's in {below} of {len(runs)} runs.",
-        f"- Exact match: {told}. In the paper: linear < RegMean < IterIS.",
+        f"- Exact match: {order}. In the paper: linear < RegMean < IterIS.",
     ]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def plot(results: Results):

@@ -6,16 +6,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import lorakern as lk
-from benchmarks.records import write_beside
 from benchmarks.skills.evaluate import exact_match
+from benchmarks.skills.results import Stored
 from benchmarks.skills.tasks import Item, format_prompt, held_out_items
-from lorakern.errors import LorakernError
 from lorakern.integrations.transformers import attach
 
 Adapters = Mapping[str, lk.LoraAdapter]
@@ -46,10 +44,16 @@ class Way:
 
     def merged(self, adapters: Sequence[lk.LoraAdapter], seed: int) -> lk.LoraAdapter:
         weight = 1 / len(adapters) if self.weight == "1/N" else self.weight
-        modules = dict.fromkeys(module for adapter in adapters for module in adapter)
-        ranks = {m: max(a[m].rank for a in adapters if m in a) * (self.width or 1) for m in modules}
-        rank = None if self.width is None else ranks
+        rank = None
+        if self.width is not None:
+            rank = {module: self.width * rank for module, rank in largest_ranks(adapters).items()}
         return lk.merge(adapters, self.method, weights=[weight] * len(adapters), rank=rank, seed=seed, **self.options)
+
+
+def largest_ranks(adapters: Sequence[lk.LoraAdapter]) -> dict[str, int]:
+    """Module by module the largest rank among the adapters."""
+    modules = dict.fromkeys(module for adapter in adapters for module in adapter)
+    return {module: max(adapter[module].rank for adapter in adapters if module in adapter) for module in modules}
 
 
 NO_PARAMETER, NO_OUTPUT = {"parameter_reweight": False}, {"output_reweight": False}
@@ -97,27 +101,15 @@ def settings(skills: Sequence[str], count: int, seeds: int, pairs: int | None = 
     return Settings(tuple(skills), tuple(sets + whole), count, seeds)
 
 
-class Results:
-    """What is measured so far, in a file that is written after every set: a run that was stopped goes on there."""
+class Results(Stored):
+    """Scores of each skill alone, and a record for each set that is measured."""
 
-    def __init__(self, path: Path, wanted: Settings) -> None:
-        self.path, self.settings = path, wanted
-        self.alone: dict[str, dict[str, list[float]]] = {}
-        self.sets: list[dict[str, Any]] = []
-        if path.exists():
-            known = json.loads(path.read_text())
-            if known["settings"] != wanted.as_json():
-                raise LorakernError(f"{path} is of other settings; continue it with those, or move it away")
-            self.alone, self.sets = known["alone"], known["sets"]
+    kept: ClassVar = {"alone": dict, "sets": list}
 
     def missing(self) -> Iterator[tuple[str, ...]]:
         """The sets that are not measured yet."""
         done = {tuple(record["skills"]) for record in self.sets}
         yield from (skills for skills in self.settings.sets if skills not in done)
-
-    def save(self) -> None:
-        content = {"settings": self.settings.as_json(), "alone": self.alone, "sets": self.sets}
-        write_beside(self.path, json.dumps(content, indent=1) + "\n")
 
 
 Report = Callable[[int, str], None]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.records import write_beside
 from benchmarks.skills.merges import BASE, OWN, WAYS, Results, Way
+from benchmarks.skills.results import Spread, chain, spread, table, told, write_page
 
 HOW = """\
 Exact match of greedy answers on held-out questions, in bfloat16. Pairs of the skill adapters are merged, and all of
@@ -25,17 +24,10 @@ LEGO: k-means++, 10 starts, rank as the number of clusters."""
 EXPECTED = ("weight average", "task arithmetic", "TIES, r", "LEGO, r")
 COLORS = {"lego": "#2f6db5", "other": "#9aa0a6"}
 
-Spread = tuple[float, float]
-
 
 def write(folder: Path, results: Results) -> Path:
     """Write `merges.md` and `merges.png` into a folder; `merges_notes.md` there ends the page."""
-    image = io.BytesIO()
-    plot(results).savefig(image, format="png")
-    write_beside(folder / "merges.png", image.getvalue())
-    notes = folder / "merges_notes.md"
-    write_beside(folder / "merges.md", page(results, notes.read_text() if notes.is_file() else ""))
-    return folder / "merges.md"
+    return write_page(folder, "merges", results, page, plot(results))
 
 
 def page(results: Results, notes: str = "") -> str:
@@ -45,12 +37,10 @@ def page(results: Results, notes: str = "") -> str:
     out = ["# Merged skill adapters", "", HOW.format(seeds=wanted.seeds, count=wanted.count), ""]
     if unfinished:
         out += [f"**Unfinished: {unfinished} of {len(wanted.sets)} sets are not measured yet.**", ""]
-    rows = [[way.name, *(_told(of(results, way.name)) for of in (of_pairs, weaker_of_pairs, of_all))] for way in WAYS]
+    rows = [[way.name, *(told(of(results, way.name)) for of in (of_pairs, weaker_of_pairs, of_all))] for way in WAYS]
     for name in (OWN, BASE):
-        rows.append(
-            [name, _told(alone(results, name, pairs)), "", _told(alone(results, name, [whole] if whole else []))]
-        )
-    out += _table(["merge", f"{len(pairs)} pairs", "weaker skill of a pair", f"all {len(wanted.skills)}"], rows)
+        rows.append([name, told(alone(results, name, pairs)), "", told(alone(results, name, [whole] if whole else []))])
+    out += table(["merge", f"{len(pairs)} pairs", "weaker skill of a pair", f"all {len(wanted.skills)}"], rows)
     out += ["", *_order(results), "", "![exact match of every merge](merges.png)", ""]
     if whole:
         out += [f"## All {len(wanted.skills)} skills in one adapter, skill by skill", ""]
@@ -58,7 +48,7 @@ def page(results: Results, notes: str = "") -> str:
             [way.name, *(f"{statistics.mean(whole['scores'][way.name][s]):.0%}" for s in wanted.skills)] for way in WAYS
         ]
         rows.append([OWN, *(f"{statistics.mean(results.alone[s][OWN]):.0%}" for s in wanted.skills)])
-        out += [*_table(["merge", *wanted.skills], rows), ""]
+        out += [*table(["merge", *wanted.skills], rows), ""]
     return "\n".join(out) + (f"\n{notes}" if notes else "")
 
 
@@ -91,7 +81,7 @@ def alone(results: Results, name: str, records: Iterable[dict]) -> Spread | None
     skills = [skill for record in records for skill in record["skills"]]
     if not skills:
         return None
-    return _spread([statistics.mean(results.alone[skill][name][i] for skill in skills) for i in _seeds(results)])
+    return spread([statistics.mean(results.alone[skill][name][i] for skill in skills) for i in _seeds(results)])
 
 
 def _seeds(results: Results) -> range:
@@ -104,15 +94,7 @@ def _over_seeds(
     if not records:
         return None
     scores = [list(record["scores"][way].values()) for record in records]
-    return _spread([statistics.mean(of_skills([s[i] for s in skills]) for skills in scores) for i in _seeds(results)])
-
-
-def _spread(values: list[float]) -> Spread:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _told(spread: Spread | None) -> str:
-    return "-" if spread is None else f"{spread[0]:.1%} ± {100 * spread[1]:.1f}"
+    return spread([statistics.mean(of_skills([s[i] for s in skills]) for skills in scores) for i in _seeds(results)])
 
 
 def _order(results: Results) -> list[str]:
@@ -122,19 +104,12 @@ def _order(results: Results) -> list[str]:
         spreads = {way: of(results, way) for way in EXPECTED}
         if None in spreads.values():
             continue
-        means = {way: round(spread[0], 3) for way, spread in spreads.items()}
+        means = {way: round(measured[0], 3) for way, measured in spreads.items()}
         order = sorted(EXPECTED, key=means.__getitem__)
-        told = f"{order[0]} ({means[order[0]]:.1%})"
-        for lower, higher in itertools.pairwise(order):
-            told += f" {'<' if means[lower] < means[higher] else '='} {higher} ({means[higher]:.1%})"
         same = all(means[lower] < means[higher] for lower, higher in itertools.pairwise(EXPECTED))
-        lines.append(f"- Order on {title}: {told}; {'as in' if same else 'not that of'} the paper.")
+        order = chain({way: means[way] for way in order})
+        lines.append(f"- Order on {title}: {order}; {'as in' if same else 'not that of'} the paper.")
     return [*lines, f"- The paper's order: {' < '.join(EXPECTED)}."] if lines else []
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 def plot(results: Results):
@@ -164,10 +139,12 @@ def plot(results: Results):
     return figure
 
 
-def _bar(axes, y: int, way: Way, spread: Spread | None) -> None:
-    if spread is None:
+def _bar(axes, y: int, way: Way, measured: Spread | None) -> None:
+    if measured is None:
         return
     color = COLORS.get(way.method, COLORS["other"])
-    axes.barh(y, spread[0], 0.74, xerr=spread[1], color=color, error_kw={"elinewidth": 1, "ecolor": "#222222"})
-    end = spread[0] + spread[1], y
-    axes.annotate(f"{spread[0]:.0%}", end, (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.barh(
+        y, measured[0], 0.74, xerr=measured[1] or 0.0, color=color, error_kw={"elinewidth": 1, "ecolor": "#222222"}
+    )
+    end = measured[0] + (measured[1] or 0.0), y
+    axes.annotate(f"{measured[0]:.0%}", end, (4, 0), textcoords="offset points", va="center", fontsize=7)
