@@ -83,7 +83,7 @@ def test_a_damaged_state_is_refused(tmp_path):
         solve(problem, iterations=1, state=tmp_path)
     file.write_bytes(content)
     tensors = load_file(file)
-    for metadata, says in ((None, "holds no sweeps"), ({"lorakern.iteris": "{}"}, "lacks sweeps")):
+    for metadata, says in ((None, "holds no state"), ({"lorakern.iteris": "{}"}, "lacks sweeps")):
         save_file(tensors, file, metadata=metadata)
         with pytest.raises(lk.LorakernError, match=says):
             solve(problem, iterations=1, state=tmp_path)

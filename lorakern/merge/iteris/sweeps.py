@@ -8,13 +8,14 @@ import torch
 
 from lorakern.adapters.factors import checked
 from lorakern.adapters.json_file import show
+from lorakern.adapters.state_file import digest_of
 from lorakern.errors import LorakernError
 from lorakern.merge.inputs import Factors
 from lorakern.merge.iteris.equations import Equations, energies
 from lorakern.merge.iteris.features import Features, Group
 from lorakern.merge.iteris.layers import Layer
 from lorakern.merge.iteris.samples import Samples
-from lorakern.merge.iteris.state import State, digest_of
+from lorakern.merge.iteris.state import State
 
 Progress = Callable[[int, int, str], None]
 
@@ -141,10 +142,13 @@ class Sweeps:
         return parts
 
     def _bytes(self, group: Group) -> int:
-        """Of the float64 sums of a group: C and G once, D (and C of full weights) and the A_i C_i of every layer."""
+        """Of a group: C and G once, D (and C of full weights) and the A_i C_i of every layer, all float64.
+
+        And the float32 rows of X and X~ that wait for their product, d_in / 2 of them.
+        """
         d_in = group[0].d_in
         ranks = sum(factors.rank for layer in group for factors in layer.factors if factors is not None)
-        return 8 * d_in * ((2 + len(group) * (2 if self._full else 1)) * d_in + ranks)
+        return 4 * d_in**2 + 8 * d_in * ((2 + len(group) * (2 if self._full else 1)) * d_in + ranks)
 
     def _sweep(self, state: State, parts: list[list[Group]], solving: bool) -> State:
         """One pass: the objective of the merged model and, if solving, the next updates in place of the old ones."""
