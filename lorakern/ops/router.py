@@ -1,6 +1,7 @@
 """attention_gates and router_cores: how the router of RAMoLE weighs the adapters of a token."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from lorakern.ops import _checks as check
 from lorakern.ops._library import backend_for, define
@@ -147,7 +148,9 @@ def router_cores(B, router_B, *, scale=None, ranks=None):
             takes = f"be floats of shape (d_out = {b.shape[1]}, router rank) on {device}"
             check.fail(op, "router_B", takes, check.describe(router))
     if ranks is not None:
-        check.check_values(op, ranks.new_empty(0), slots, ranks, r_max)
+        # A traced tensor has no values; the ops that take the cores look at the ranks again when they run.
+        if not is_dynamo_compiling():
+            check.check_values(op, ranks.new_empty(0), slots, ranks, r_max)
         live = torch.arange(r_max, device=device) < ranks[:, None, None]
         tables = [b.where(live, 0.0) for b in tables]
     with torch.autocast(device.type, enabled=False):
