@@ -9,6 +9,7 @@ from routed_problems import direct, routed
 
 import lorakern as lk
 from lorakern.backends import cpu
+from lorakern.ops._fast import fast
 
 DTYPES = list(TOLERANCES)
 SHAPES = [  # tokens, choices, slots, d_in, d_outs, r_max, router_rank
@@ -143,6 +144,39 @@ def test_routed_bgmv_is_its_three_parts_bit_for_bit(isa, dtype):
     assert torch.equal(
         lk.routed_delta(*r.arguments, **r.options), r.run(accumulate=False)[:, 3:204] * p.served()[:, None]
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_short_way_is_the_general_way(dtype):
+    r = build(dtype, SHAPES[2])
+    p = r.lora
+    plan, general = lk.plan(p.indices, 9), p.y.clone()
+    torch.ops.lorakern.routed_bgmv_(general, *r.arguments, p.scale, p.ranks, *plan, 3, True)
+    for grouping in (None, plan):
+        y = p.y.clone()
+        assert fast.routed_bgmv(y, *r.arguments, p.scale, p.ranks, grouping, 3, True) is y
+        assert torch.equal(y, general)
+
+
+def test_the_short_way_takes_nothing_that_is_wrong():
+    """Every error is raised by the general way: the short way declines, and writes nothing."""
+    r = build(torch.float32, SHAPES[1])
+    p, y = r.lora, r.lora.y.clone()
+    right = [y, *r.arguments, p.scale, p.ranks, None, 3, True]
+    wrong = {
+        4: [r.router_A[0][:, :-1], r.router_A[0].half(), r.router_A[0][None], r.router_A * 2, "router"],
+        5: [r.cores[0][:-1], r.cores[0][:, :0], r.cores[0].double(), r.cores[0][0], r.cores * 2, None],
+        6: [p.indices + 3, p.indices[:-1], p.indices.float()],
+    }
+    wrong[0] = [y[:, :5], y.bfloat16(), y[:-1]]
+    for position, values in wrong.items():
+        for value in values:
+            arguments = [*right[:position], value, *right[position + 1 :]]
+            assert fast.routed_bgmv(*arguments) is None and torch.equal(y, p.y)
+    leaf = r.router_A[0].clone().requires_grad_()
+    assert fast.routed_bgmv(*right[:4], leaf, *right[5:]) is None
+    with torch.no_grad():
+        assert fast.routed_bgmv(*right[:4], leaf, *right[5:]) is y
 
 
 def test_large_logits_choose_one():

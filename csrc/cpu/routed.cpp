@@ -77,6 +77,7 @@ void routed_bgmv(RouterParams r, const Indices& indices, int threads) {
   LoraParams& p = r.lora;
   check_ranks(p);
   check_memory(p);
+  check_router_memory(r);
   complete_plan(p, indices);
   p.h = scratch.get(h_size(p) + query_size(r) + gates_size(r));
   r.query = p.h + h_size(p);

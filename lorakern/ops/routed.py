@@ -1,8 +1,10 @@
 """routed_bgmv and routed_delta: mixtures whose gates a router computes, token by token (RAMoLE)."""
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from lorakern.ops import _checks as check
+from lorakern.ops._fast import fast
 from lorakern.ops._library import backend_for, define, mark_written
 from lorakern.ops.bgmv import _lora_delta, _lora_delta_backward, _normalised, add_served, wants_gradient
 from lorakern.ops.router import attention_gates_op, check_routers
@@ -140,6 +142,10 @@ def routed_bgmv(
     ...                torch.tensor([[0, 1], [-1, -1]])).tolist()
     [[32.0, 32.0], [0.0, 0.0]]
     """
+    if not is_dynamo_compiling():
+        given = (y, x, A, B, router_A, cores, indices, scale, ranks, plan, y_offset, accumulate)
+        if (done := fast.routed_bgmv(*given)) is not None:
+            return done
     op = "routed_bgmv"
     arguments = _checked(op, x, A, B, router_A, cores, indices, scale, ranks, plan)
     x, A, B, router_A, cores, indices, scale, ranks, *_ = arguments
