@@ -499,8 +499,9 @@ auto reader_of(py::handle capsule) -> decltype(Hooks::read) {
 py::dict make_fast_calls(py::object capsule, py::type tensor, py::type parameter, py::type plan, py::object forced,
                          py::tuple watchers, py::object grad_enabled, py::object num_threads,
                          py::object increment_version, py::object is_neg, py::object float32) {
-  static PyMethodDef methods[] = {method<&bgmv>("bgmv"), method<&sgmv>("sgmv"), method<&lora_delta>("lora_delta"),
-                                  method<&shrink>("shrink"), method<&expand>("expand"), method<&routed_bgmv>("routed_bgmv")};
+  static PyMethodDef methods[] = {
+      method<&bgmv>("bgmv"),     method<&sgmv>("sgmv"),     method<&lora_delta>("lora_delta"),
+      method<&shrink>("shrink"), method<&expand>("expand"), method<&routed_bgmv>("routed_bgmv")};
   py::dict made;
   const auto read = reader_of(capsule);
   if (!read) return made;

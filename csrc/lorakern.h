@@ -55,8 +55,9 @@ struct LoraParams {
   bool packed;      // B is
 };
 
-struct RouterParams {  // gates[s][t] = softmax over k of (router_A[s] x[t])^T cores[s][slot] h[s][t, k] / sqrt(router rank)
-  LoraParams lora;  // of which the gates are made from x, h, ranks and plan
+struct RouterParams {  // gates[s][t] = softmax over k of (router_A[s] x[t])^T cores[s][slot] h[s][t, k] / sqrt(router
+                       // rank)
+  LoraParams lora;     // of which the gates are made from x, h, ranks and plan
   int64_t router_rank;
   Weight router_A[kMaxSlices];  // (router rank, d_in) of x's dtype: the only slot
   Weight cores[kMaxSlices];     // (slots, router rank, r_max) of float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_triton import DEVICE, DTYPE_IDS, DTYPES, INTERPRETED, assert_close, bits, make_case, used_rows
 
+import lorakern as lk
 from lorakern.backends import reference
 from lorakern.backends import triton as backend
 
@@ -90,3 +91,18 @@ def test_one_choice_has_a_gate_of_one():
     case = make_routed(torch.float32, 20, 64, (48,), 4, 16, 1, 8, options="ranks")
     present = (case["indices"] >= 0) & (case["indices"] < 4)
     assert torch.equal(gates_of(backend, case)[0], present.float())
+
+
+def test_gradients_match_reference():
+    case = make_routed(torch.float32, 6, 40, (9, 20), 3, 5, 2, 3)
+    case["indices"] = case["indices"].where((case["indices"] >= 0) & (case["indices"] < 3), -1)
+    x, A, B, router_A, cores = (case[key] for key in ("x", "A", "B", "router_A", "cores"))
+    leaves = [t.nan_to_num(0.0).requires_grad_() for t in (x, *A, *B, *router_A, *cores, case["scale"])]
+    dy, found = torch.randn(6, 29).to(DEVICE), []
+    for name in ("triton", "reference"):
+        lists = [leaves[1 + 2 * i : 3 + 2 * i] for i in range(4)]
+        with lk.use_backend(name):
+            delta = lk.routed_delta(leaves[0], *lists, case["indices"], scale=leaves[-1], ranks=case["ranks"])
+            found.append(torch.autograd.grad(delta, leaves, dy))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close("gradient", ours, theirs, 1e-5)

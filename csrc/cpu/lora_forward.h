@@ -79,9 +79,8 @@ inline void gate(const RouterParams& r, const GateUnit& u) {
     Vec total[kParts] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     for (int64_t c = 0; c < rank; c += kWidth) {
       const int live = static_cast<int>(std::min<int64_t>(rank - c, kWidth));
-      const auto load = [&](const float* from) ALWAYS_INLINE_LAMBDA {
-        return live == kWidth ? vec_load(from) : vec_load_n(from, live);
-      };
+      const auto load = [&](const float* from)
+                            ALWAYS_INLINE_LAMBDA { return live == kWidth ? vec_load(from) : vec_load_n(from, live); };
       Vec key[kParts] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
       for (int64_t k = 0; k < r.router_rank; k += kParts)
         for (int j = 0; j < kParts && k + j < r.router_rank; ++j)

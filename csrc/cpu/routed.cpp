@@ -49,8 +49,7 @@ void run_gates(const RouterParams& r, const Variant& variant, int threads) {
   units.clear();
   for (int64_t slot = 0; slot < p.num_slots; ++slot)
     for (int64_t i = p.plan.starts[slot], last = p.plan.starts[slot + 1]; i < last; i += kPairs)
-      for (int s = 0; s < p.num_slices; ++s)
-        units.push_back({s, {slot, p.plan.order + i, std::min(kPairs, last - i)}});
+      for (int s = 0; s < p.num_slices; ++s) units.push_back({s, {slot, p.plan.order + i, std::min(kPairs, last - i)}});
   const std::vector<GateUnit>& shared = units;  // thread_local: the workers must not look up their own
   parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) { variant.gate(r, shared[i]); });
   const int64_t rows = p.num_slices * p.num_tokens;
