@@ -108,6 +108,43 @@ void bgmv(const MatrixTuple& y, const MatrixTuple& x, const std::vector<WeightTu
   cpu::bgmv(p, indices_of(indices), threads);
 }
 
+RouterParams router_of(const LoraParams& lora, const std::vector<WeightTuple>& router_A,
+                       const std::vector<WeightTuple>& cores) {
+  RouterParams r{};
+  r.lora = lora;
+  fill(r.router_A, router_A);
+  fill(r.cores, cores);
+  r.router_rank = r.router_A[0].rows;
+  return r;
+}
+
+void attention_gates(uintptr_t gates, const MatrixTuple& x, uintptr_t h, const std::vector<WeightTuple>& router_A,
+                     const std::vector<WeightTuple>& cores, const SizeTuple& sizes, const IndexTuple& indices,
+                     const RoutingTuple& routing, int threads) {
+  RouterParams r = router_of(params_of(sizes, {}, {}, routing), router_A, cores);
+  r.lora.num_slices = static_cast<int>(router_A.size());
+  r.lora.x = pointer<const void>(std::get<0>(x));
+  r.lora.x_stride = std::get<1>(x);
+  r.lora.h = pointer<float>(h);
+  r.gates = pointer<float>(gates);
+  py::gil_scoped_release release;
+  cpu::attention_gates(r, indices_of(indices), threads);
+}
+
+void routed_bgmv(const MatrixTuple& y, const MatrixTuple& x, const std::vector<WeightTuple>& A,
+                 const std::vector<WeightTuple>& B, const std::vector<WeightTuple>& router_A,
+                 const std::vector<WeightTuple>& cores, const SizeTuple& sizes, const IndexTuple& indices,
+                 const RoutingTuple& routing, bool accumulate, int threads) {
+  RouterParams r = router_of(params_of(sizes, A, B, routing), router_A, cores);
+  r.lora.x = pointer<const void>(std::get<0>(x));
+  r.lora.x_stride = std::get<1>(x);
+  r.lora.y = pointer<void>(std::get<0>(y));
+  r.lora.y_stride = std::get<1>(y);
+  r.lora.accumulate = accumulate;
+  py::gil_scoped_release release;
+  cpu::routed_bgmv(r, indices_of(indices), threads);
+}
+
 void backward(const MatrixTuple& dy, const MatrixTuple& x, const std::vector<WeightTuple>& A,
               const std::vector<WeightTuple>& B, const SizeTuple& sizes, const IndexTuple& indices,
               const RoutingTuple& routing, uintptr_t dx, const std::vector<uintptr_t>& dA,
@@ -313,6 +350,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("shrink", &shrink);
   m.def("expand", &expand);
   m.def("bgmv", &bgmv);
+  m.def("attention_gates", &attention_gates);
+  m.def("routed_bgmv", &routed_bgmv);
   m.def("backward", &backward);
   m.attr("probes") = kProbes;
   m.def("gram", &gram);

@@ -92,14 +92,9 @@ class Call {
 
   // One weight or a list of them; `rank_dim` is the dimension of r_max. The first weight sets the slots and r_max.
   bool weights(PyObject* object, int rank_dim, Weight* out) {
-    const bool list = PyList_CheckExact(object), many = list || PyTuple_CheckExact(object);
-    const Py_ssize_t count = list ? PyList_GET_SIZE(object) : many ? PyTuple_GET_SIZE(object) : 1;
-    if (count < 1 || count > kMaxSlices || (params.num_slices && count != params.num_slices)) return false;
-    params.num_slices = static_cast<int>(count);
-    PyObject** const items = held_ + num_held_;
-    for (Py_ssize_t s = 0; s < count; ++s)  // whatever releases the GIL from here on, a list may lose them meanwhile
-      held_[num_held_++] = Py_NewRef(list ? PyList_GET_ITEM(object, s) : many ? PyTuple_GET_ITEM(object, s) : object);
-    for (Py_ssize_t s = 0; s < count; ++s) {
+    PyObject** const items = hold_slices(object);
+    if (!items) return false;
+    for (int s = 0; s < params.num_slices; ++s) {
       dlpack::Tensor t;
       if (!floats(items[s], &t) || t.ndim != 3 || (t.shape[2] > 1 && t.strides[2] != 1)) return false;
       if (!params.num_slots) {
@@ -109,6 +104,26 @@ class Call {
       if (t.shape[0] != params.num_slots || t.shape[rank_dim] != params.r_max) return false;
       if (rank_dim == 1 && t.shape[2] != params.d_in) return false;
       *out++ = {t.data, t.strides[0], t.strides[1], t.shape[1]};
+    }
+    return true;
+  }
+
+  // A router and its cores for every slice. Comes after the weights.
+  bool routers(PyObject* router_A, PyObject* cores, RouterParams* r) {
+    PyObject** const first = hold_slices(router_A);
+    PyObject** const second = first ? hold_slices(cores) : nullptr;
+    if (!second) return false;
+    for (int s = 0; s < params.num_slices; ++s) {
+      dlpack::Tensor a, c;
+      if (!floats(first[s], &a) || a.ndim != 2 || a.shape[1] != params.d_in || (a.shape[1] > 1 && a.strides[1] != 1))
+        return false;
+      if (s == 0) r->router_rank = a.shape[0];
+      if (!routing_floats(second[s], &c) || c.ndim != 3 || (c.shape[2] > 1 && c.strides[2] != 1)) return false;
+      if (a.shape[0] != r->router_rank || c.shape[0] != params.num_slots || c.shape[1] != r->router_rank ||
+          c.shape[2] != params.r_max)
+        return false;
+      r->router_A[s] = {a.data, 0, a.strides[0], a.shape[0]};
+      r->cores[s] = {c.data, c.strides[0], c.strides[1], c.shape[1]};
     }
     return true;
   }
@@ -228,13 +243,14 @@ class Call {
   }
 
   // False where the op finds a bad value, before it writes anything.
-  bool run(void (*op)(LoraParams, const cpu::Indices&, int)) {
+  template <typename Params>
+  bool run(void (*op)(Params, const cpu::Indices&, int), const Params& given) {
     const Owned threads(PyObject_CallNoArgs(hooks_.num_threads));
     const long count = threads.object ? PyLong_AsLong(threads.object) : 0;
     if (failed() || count < 1) return false;
     try {
       WithoutGil released;
-      op(params, indices, static_cast<int>(count));
+      op(given, indices, static_cast<int>(count));
     } catch (const std::invalid_argument&) {
       return false;
     }
@@ -275,6 +291,18 @@ class Call {
   cpu::Indices indices{};
 
  private:
+  // The tensors of as many slices as any other list has, one or a list of them; null where it is another number.
+  PyObject** hold_slices(PyObject* object) {
+    const bool list = PyList_CheckExact(object), many = list || PyTuple_CheckExact(object);
+    const Py_ssize_t count = list ? PyList_GET_SIZE(object) : many ? PyTuple_GET_SIZE(object) : 1;
+    if (count < 1 || count > kMaxSlices || (params.num_slices && count != params.num_slices)) return nullptr;
+    params.num_slices = static_cast<int>(count);
+    PyObject** const items = held_ + num_held_;
+    for (Py_ssize_t s = 0; s < count; ++s)  // whatever releases the GIL from here on, a list may lose them meanwhile
+      held_[num_held_++] = Py_NewRef(list ? PyList_GET_ITEM(object, s) : many ? PyTuple_GET_ITEM(object, s) : object);
+    return items;
+  }
+
   // Exactly one of the two types that change nothing about a call.
   bool plain(PyObject* object) const { return Py_TYPE(object) == hooks_.tensor || Py_TYPE(object) == hooks_.parameter; }
 
@@ -331,7 +359,7 @@ class Call {
 
   const Hooks& hooks_;
   bool grad_ = true, has_dtype_ = false;
-  PyObject* held_[2 * kMaxSlices];
+  PyObject* held_[4 * kMaxSlices];
   int num_held_ = 0;
 };
 
@@ -348,8 +376,9 @@ bool read_x(Call& call, PyObject* x) {
   return call.matrix(x, &call.params.x, &call.params.x_stride, &call.params.d_in);
 }
 
-PyObject* run_on_y(Call& call, void (*op)(LoraParams, const cpu::Indices&, int), PyObject* y) {
-  if (!call.run(op)) return nullptr;
+template <typename Params>
+PyObject* run_on_y(Call& call, void (*op)(Params, const cpu::Indices&, int), const Params& params, PyObject* y) {
+  if (!call.run(op, params)) return nullptr;
   call.mark_written(y);
   return Py_NewRef(y);
 }
@@ -362,7 +391,21 @@ PyObject* bgmv(Call& call, PyObject* y, PyObject* x, PyObject* A, PyObject* B, P
   const bool taken = read_y(call, y, &room) && read_x(call, x) && call.weights(A, 1, p.A) && call.weights(B, 2, p.B) &&
                      call.read_indices(indices) && call.scale(scale) && call.ranks(ranks) && call.gates(gates) &&
                      call.plan(plan) && call.target(y_offset, accumulate, room) && call.packed(packed);
-  return taken ? run_on_y(call, cpu::bgmv, y) : nullptr;
+  return taken ? run_on_y(call, cpu::bgmv, p, y) : nullptr;
+}
+
+PyObject* routed_bgmv(Call& call, PyObject* y, PyObject* x, PyObject* A, PyObject* B, PyObject* router_A,
+                      PyObject* cores, PyObject* indices, PyObject* scale, PyObject* ranks, PyObject* plan,
+                      PyObject* y_offset, PyObject* accumulate) {
+  LoraParams& p = call.params;
+  RouterParams r{};
+  int64_t room;
+  const bool taken = read_y(call, y, &room) && read_x(call, x) && call.weights(A, 1, p.A) && call.weights(B, 2, p.B) &&
+                     call.routers(router_A, cores, &r) && call.read_indices(indices) && call.scale(scale) &&
+                     call.ranks(ranks) && call.plan(plan) && call.target(y_offset, accumulate, room);
+  if (!taken) return nullptr;
+  r.lora = p;
+  return run_on_y(call, cpu::routed_bgmv, r, y);
 }
 
 PyObject* sgmv(Call& call, PyObject* y, PyObject* x, PyObject* A, PyObject* B, PyObject* seg_starts, PyObject* slots,
@@ -372,7 +415,7 @@ PyObject* sgmv(Call& call, PyObject* y, PyObject* x, PyObject* A, PyObject* B, P
   const bool taken = read_y(call, y, &room) && read_x(call, x) && call.weights(A, 1, p.A) && call.weights(B, 2, p.B) &&
                      call.segments(seg_starts, slots) && call.scale(scale) && call.ranks(ranks) &&
                      call.target(y_offset, accumulate, room);
-  return taken ? run_on_y(call, cpu::bgmv, y) : nullptr;
+  return taken ? run_on_y(call, cpu::bgmv, p, y) : nullptr;
 }
 
 PyObject* lora_delta(Call& call, PyObject* x, PyObject* A, PyObject* B, PyObject* indices, PyObject* scale,
@@ -384,7 +427,7 @@ PyObject* lora_delta(Call& call, PyObject* x, PyObject* A, PyObject* B, PyObject
   if (!taken) return nullptr;
   Owned y(call.make(call.hooks().new_zeros, x, {p.num_tokens, call.columns()}));
   int64_t room;
-  const bool done = y.object && read_y(call, y.object, &room) && call.run(cpu::bgmv);
+  const bool done = y.object && read_y(call, y.object, &room) && call.run(cpu::bgmv, p);
   return done ? Py_NewRef(y.object) : nullptr;
 }
 
@@ -397,7 +440,7 @@ PyObject* shrink(Call& call, PyObject* x, PyObject* A, PyObject* indices, PyObje
   const Owned h(out != Py_None ? Py_NewRef(out)
                                : call.make(call.hooks().new_empty, x,
                                            {p.num_slices, p.num_tokens, p.num_choices, p.r_max}, call.hooks().float32));
-  return h.object && call.products(h.object) ? run_on_y(call, cpu::shrink, h.object) : nullptr;
+  return h.object && call.products(h.object) ? run_on_y(call, cpu::shrink, p, h.object) : nullptr;
 }
 
 PyObject* expand(Call& call, PyObject* y, PyObject* h, PyObject* B, PyObject* indices, PyObject* scale, PyObject* ranks,
@@ -406,7 +449,7 @@ PyObject* expand(Call& call, PyObject* y, PyObject* h, PyObject* B, PyObject* in
   const bool taken = read_y(call, y, &room) && call.weights(B, 2, call.params.B) && call.read_indices(indices) &&
                      call.scale(scale) && call.ranks(ranks) && call.gates(gates) && call.plan(plan) &&
                      call.products(h) && call.target(y_offset, accumulate, room) && call.packed(packed);
-  return taken ? run_on_y(call, cpu::expand, y) : nullptr;
+  return taken ? run_on_y(call, cpu::expand, call.params, y) : nullptr;
 }
 
 template <typename... Arguments>
@@ -456,8 +499,9 @@ auto reader_of(py::handle capsule) -> decltype(Hooks::read) {
 py::dict make_fast_calls(py::object capsule, py::type tensor, py::type parameter, py::type plan, py::object forced,
                          py::tuple watchers, py::object grad_enabled, py::object num_threads,
                          py::object increment_version, py::object is_neg, py::object float32) {
-  static PyMethodDef methods[] = {method<&bgmv>("bgmv"), method<&sgmv>("sgmv"), method<&lora_delta>("lora_delta"),
-                                  method<&shrink>("shrink"), method<&expand>("expand")};
+  static PyMethodDef methods[] = {
+      method<&bgmv>("bgmv"),     method<&sgmv>("sgmv"),     method<&lora_delta>("lora_delta"),
+      method<&shrink>("shrink"), method<&expand>("expand"), method<&routed_bgmv>("routed_bgmv")};
   py::dict made;
   const auto read = reader_of(capsule);
   if (!read) return made;

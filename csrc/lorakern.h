@@ -49,9 +49,20 @@ struct LoraParams {
   const float* scale;    // (slots) or null for 1
   const int32_t* ranks;  // (slots) or null for r_max
   const float* gates;    // (T, K) contiguous or null for 1
+  int64_t gates_stride;  // from slice to slice; 0 where they share their gates
   Plan plan;
   bool accumulate;  // y += or y =, for tokens that have an adapter
   bool packed;      // B is
+};
+
+struct RouterParams {  // gates[s][t] = softmax over k of (router_A[s] x[t])^T cores[s][slot] h[s][t, k] / sqrt(router
+                       // rank)
+  LoraParams lora;     // of which the gates are made from x, h, ranks and plan
+  int64_t router_rank;
+  Weight router_A[kMaxSlices];  // (router rank, d_in) of x's dtype: the only slot
+  Weight cores[kMaxSlices];     // (slots, router rank, r_max) of float32
+  float* query;                 // (slices, T, router rank): scratch
+  float* gates;                 // (slices, T, K), 0 without an adapter
 };
 
 struct RowSet {  // some rows of X: element (row, column) lies at data + row * row_stride + column * column_stride

@@ -15,6 +15,11 @@ def test_bgmv_example_runs_and_is_short():
     exec(compile(example, "README.md", "exec"), {})
 
 
+def test_routed_example_runs():
+    (example,) = (e for e in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "routed_bgmv" in e)
+    exec(compile(example, "README.md", "exec"), {})
+
+
 def test_recipe_is_one(tmp_path):
     pytest.importorskip("yaml")
     from lorakern.commands.recipe import read_recipe

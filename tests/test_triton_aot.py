@@ -22,7 +22,12 @@ def python(*arguments, **variables):
 
 @needs_triton
 def test_kernels_in_the_interpreter():
-    files = ("tests/test_triton.py", "tests/test_triton_backward.py", "tests/test_triton_kmeans.py")
+    files = (
+        "tests/test_triton.py",
+        "tests/test_triton_backward.py",
+        "tests/test_triton_kmeans.py",
+        "tests/test_triton_routed.py",
+    )
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=")
     status, output = python("-m", "pytest", *options, *files, TRITON_INTERPRET="1")
     assert status == 0 and " passed" in output, output[-4000:]

@@ -18,6 +18,7 @@ from .configs import SHARED_LIMIT
 from .expand import expand
 from .lloyd import MOST_POINTS
 from .plan import countable, plan
+from .routed import attention_gates, routed_bgmv
 from .shrink import shrink
 from .warmup import warmup
 
@@ -25,6 +26,7 @@ __all__ = [
     "INTERPRET",
     "MOST_POINTS",
     "SHARED_LIMIT",
+    "attention_gates",
     "backward",
     "bgmv",
     "countable",
@@ -35,6 +37,7 @@ __all__ = [
     "kmeans_update",
     "plan",
     "points_gram",
+    "routed_bgmv",
     "shrink",
     "warmup",
 ]

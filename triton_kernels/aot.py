@@ -19,7 +19,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from . import clustering
+from . import clustering, routed
 from .common import INTERPRET, options
 from .configs import CONFIGS, PLANES, Config
 from .signature import source
@@ -38,6 +38,9 @@ def launches(config):
             "any",
             next(layer_launches(16, (16,), 16, torch.float32, "meta", choices=1, indices=config.dtype, **PLAIN)),
         )
+        return
+    if config.op == "gates":
+        yield from routed.launches()
         return
     if config.op in CLUSTERING:
         yield from clustering.launches(config)

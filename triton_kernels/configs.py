@@ -82,6 +82,8 @@ CONFIGS = tuple(
         # dots and dscale: bound by the latency of their loads; few registers, many loads under way
         ("dots", (torch.float32,), ((0, 32, 4, 1),)),
         ("dscale", (torch.float32,), ((0, 1024, 4, 1),)),
+        # gates: tiles of a core, block ranks of the router by as many of the adapter
+        ("gates", (torch.float32,), ((0, 16, 1, 1),)),
         # clustering: block_r points or centroids a tile, block columns a step; update has a row of columns at a time
         ("points_gram", (torch.float16, torch.bfloat16), ((32, 32, 4, 2, 255),)),
         ("points_gram", (torch.float32,), ((32, 16, 4, 2, 255),)),

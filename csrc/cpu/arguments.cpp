@@ -48,6 +48,10 @@ Extent extent_of(const void* data, int64_t rows, int64_t stride, int64_t columns
 
 bool meet(Extent a, Extent b) { return a.begin < b.end && b.begin < a.end; }
 
+Extent extent_of_y(const LoraParams& p) {
+  return extent_of(p.y, p.num_tokens, p.y_stride, columns_of(p), element_size(p.dtype));
+}
+
 }  // namespace
 
 void make_plan(const Indices& indices, int64_t tokens, int64_t choices, int64_t num_slots, int32_t* order,
@@ -86,7 +90,7 @@ void check_ranks(const LoraParams& p) {
 
 void check_memory(const LoraParams& p) {
   const int64_t bytes = element_size(p.dtype), columns = columns_of(p), row = p.y_stride * bytes;
-  const Extent y = extent_of(p.y, p.num_tokens, p.y_stride, columns, bytes);
+  const Extent y = extent_of_y(p);
   if (y.begin == y.end) return;
   if (p.num_tokens > 1 && p.y_stride < columns)
     throw std::invalid_argument("y must give every element its own memory; its rows overlap (row stride " +
@@ -105,6 +109,20 @@ void check_memory(const LoraParams& p) {
       if (meet(y, extent_of(weight->data, 1, 0, last, bytes)))
         throw std::invalid_argument(std::string("y must not share memory with ") + name);
     }
+}
+
+void check_router_memory(const RouterParams& r) {
+  const LoraParams& p = r.lora;
+  const Extent y = extent_of_y(p);
+  if (y.begin == y.end || p.r_max == 0) return;
+  for (int s = 0; s < p.num_slices; ++s) {
+    const Weight &router = r.router_A[s], &core = r.cores[s];
+    if (meet(y, extent_of(router.data, r.router_rank, router.row_stride, p.d_in, element_size(p.dtype))))
+      throw std::invalid_argument("y must not share memory with router_A");
+    const int64_t last = (p.num_slots - 1) * core.slot_stride + (core.rows - 1) * core.row_stride + p.r_max;
+    if (meet(y, extent_of(core.data, 1, 0, last, sizeof(float))))
+      throw std::invalid_argument("y must not share memory with cores");
+  }
 }
 
 }  // namespace lorakern::cpu

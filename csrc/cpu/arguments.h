@@ -22,4 +22,7 @@ void check_ranks(const LoraParams& p);
 // y is written while x and the weights are read: they must not share memory, but for columns of one wide matrix.
 void check_memory(const LoraParams& p);
 
+// The same of the router and the cores.
+void check_router_memory(const RouterParams& r);
+
 }  // namespace lorakern::cpu

@@ -10,37 +10,15 @@ namespace {
 
 constexpr int64_t kGroupTokens = 256, kLeastGroupTokens = 64;  // enough to repay the packing of weights
 
-int64_t h_size(const LoraParams& p) { return p.num_slices * p.num_tokens * p.num_choices * p.r_max; }
-
 // One job per slice: the columns of y that it fills.
 void expand_jobs(const LoraParams& p, const uint8_t* served, ExpandJob* jobs) {
   char* y = static_cast<char*>(p.y);
   for (int s = 0; s < p.num_slices; ++s) {
     const float* h = p.h + s * p.num_tokens * p.num_choices * p.r_max;
-    jobs[s] = {&p, &p.B[s], {h}, 1, true, true, y, p.y_stride, p.accumulate, served};
+    const float* gates = p.gates ? p.gates + s * p.gates_stride : nullptr;
+    jobs[s] = {&p, &p.B[s], {h}, 1, true, true, y, p.y_stride, p.accumulate, served, gates};
     y += p.B[s].rows * element_size(p.dtype);
   }
-}
-
-void run_expand(const LoraParams& p, const Variant& variant, int threads) {
-  static thread_local std::vector<Pairs> groups;
-  static thread_local std::vector<ExpandUnit> units;
-  make_groups(p, kGroupTokens, groups);
-  ExpandJob jobs[kMaxSlices];
-  expand_jobs(p, p.num_choices > 1 ? served_tokens(p, groups) : nullptr, jobs);
-  units.clear();
-  int64_t ends[kMaxSlices];
-  threads = threads_for(p, columns_of(p), threads);
-  for (int s = 0; s < p.num_slices; ++s) {
-    split_expand(jobs[s], p.B[s].rows, variant.panel_columns, threads, groups, units);
-    ends[s] = static_cast<int64_t>(units.size());
-  }
-  const std::vector<ExpandUnit>& shared = units;  // thread_local: the workers must not look up their own
-  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
-    int s = 0;
-    while (i >= ends[s]) ++s;
-    run_expand_unit(jobs[s], shared[i], variant);
-  });
 }
 
 // How long a group takes from x to y, in multiply-adds of a token and a weight.
@@ -93,6 +71,27 @@ void run_fused(const LoraParams& p, const std::vector<Pairs>& groups, const Vari
 }
 
 }  // namespace
+
+void run_expand(const LoraParams& p, const Variant& variant, int threads) {
+  static thread_local std::vector<Pairs> groups;
+  static thread_local std::vector<ExpandUnit> units;
+  make_groups(p, kGroupTokens, groups);
+  ExpandJob jobs[kMaxSlices];
+  expand_jobs(p, p.num_choices > 1 ? served_tokens(p, groups) : nullptr, jobs);
+  units.clear();
+  int64_t ends[kMaxSlices];
+  threads = threads_for(p, columns_of(p), threads);
+  for (int s = 0; s < p.num_slices; ++s) {
+    split_expand(jobs[s], p.B[s].rows, variant.panel_columns, threads, groups, units);
+    ends[s] = static_cast<int64_t>(units.size());
+  }
+  const std::vector<ExpandUnit>& shared = units;  // thread_local: the workers must not look up their own
+  parallel_for(threads, static_cast<int64_t>(units.size()), [&](int64_t i) {
+    int s = 0;
+    while (i >= ends[s]) ++s;
+    run_expand_unit(jobs[s], shared[i], variant);
+  });
+}
 
 void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
   constexpr int64_t kTokens = 64;

@@ -21,6 +21,9 @@ void make_plan(const Indices& indices, int64_t tokens, int64_t choices, int64_t 
 void shrink(LoraParams params, const Indices& indices, int threads);
 void expand(LoraParams params, const Indices& indices, int threads);
 void bgmv(LoraParams params, const Indices& indices, int threads);
+// `params.query` is scratch of the callee; so are the `h` and `gates` of routed_bgmv.
+void attention_gates(RouterParams params, const Indices& indices, int threads);
+void routed_bgmv(RouterParams params, const Indices& indices, int threads);
 void backward(LoraGradParams grads, const Indices& indices, int threads);
 
 // ISA variants that this CPU can run, slowest first; the last one is used unless another is forced by name.

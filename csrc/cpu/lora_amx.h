@@ -246,7 +246,7 @@ struct TilePanels {
         for (int64_t j = 0; j < count; ++j) {
           const int64_t pair = pairs.ids[i + j];
           out[j] = target.data + (token_of(p, pair) - target.first_token) * target.stride + first;
-          factor[j] = job.use_factors ? factor_of(p, pairs.slot, pair) : 1.0f;
+          factor[j] = job.use_factors ? factor_of(p, job.gates, pairs.slot, pair) : 1.0f;
         }
         for (int64_t c = 0; c < columns; c += kColumns) {
           const int64_t live = std::min(columns - c, kColumns);

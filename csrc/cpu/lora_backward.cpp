@@ -13,7 +13,7 @@ void apply_factors(const LoraGradParams& g, const Pairs& group, double* dots) {
   const int64_t pairs = p.num_tokens * p.num_choices, rank = rank_of(p, group.slot);
   for (int64_t i = 0; i < group.count; ++i) {
     const int64_t pair = group.ids[i];
-    const float factor = factor_of(p, group.slot, pair);
+    const float factor = factor_of(p, p.gates, group.slot, pair);
     double dot = 0;
     for (int s = 0; s < p.num_slices; ++s) {
       float *h = p.h + (s * pairs + pair) * p.r_max, *dh = g.dh + (s * pairs + pair) * p.r_max;
@@ -110,7 +110,7 @@ void backward(LoraGradParams g, const Indices& indices, int threads) {
   const uint8_t* served = served_tokens(p, groups);
   if (g.dx) clear_tokens(g, served);
   const bool sums = p.num_choices * p.num_slices > 1;
-  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false, sums ? served : nullptr};
+  ExpandJob dx{&p, p.A, {}, p.num_slices, false, false, g.dx, p.d_in, false, sums ? served : nullptr, nullptr};
   for (int s = 0; s < p.num_slices; ++s) dx.left[s] = g.dh + s * pairs * p.r_max;
   if (g.dx) split_expand(dx, p.d_in, variant.panel_columns, threads, groups, expand_units);
   std::vector<OuterUnit> outer_units;

@@ -146,6 +146,7 @@ constexpr lorakern::Variant variant(const char* name) {
           shrink<T>,
           expand_scratch<Panels<T>>,
           expand<T, Panels<T>>,
+          gate,
           back_scratch<T>,
           back<T>,
           outer_scratch<T>,

@@ -1,5 +1,7 @@
 // shrink and expand as units of work, for the ISA whose simd_*.h was included before.
 #pragma once
+#include <cmath>
+
 #include "tiles.h"
 #include "variant.h"
 
@@ -8,10 +10,12 @@ namespace {
 using lorakern::ExpandJob;
 using lorakern::ExpandUnit;
 using lorakern::factor_of;
+using lorakern::GateUnit;
 using lorakern::kSumFloats;
 using lorakern::LoraParams;
 using lorakern::Pairs;
 using lorakern::rank_of;
+using lorakern::RouterParams;
 using lorakern::ShrinkUnit;
 using lorakern::token_of;
 
@@ -57,6 +61,35 @@ void shrink(const LoraParams& p, const ShrinkUnit& u, float*) {
     if (rest < u.row_end) all(rest, u.row_end - rest, 1);
   } else {
     for (int64_t row = u.row_begin; row < u.row_end; row += kRows) all(row, std::min(kRows, u.row_end - row), 1);
+  }
+}
+
+// The sum over the rank is made vector by vector, its rows in four interleaved parts: the same for a pair in any batch.
+inline void gate(const RouterParams& r, const GateUnit& u) {
+  constexpr int kParts = 4;
+  const LoraParams& p = r.lora;
+  const Weight& weight = r.cores[u.slice];
+  const float* core = static_cast<const float*>(weight.data) + u.pairs.slot * weight.slot_stride;
+  const int64_t rank = rank_of(p, u.pairs.slot), first_pair = u.slice * p.num_tokens * p.num_choices;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(r.router_rank));
+  for (int64_t i = 0; i < u.pairs.count; ++i) {
+    const int64_t pair = u.pairs.ids[i];
+    const float* h = p.h + (first_pair + pair) * p.r_max;
+    const float* q = r.query + (u.slice * p.num_tokens + token_of(p, pair)) * r.router_rank;
+    Vec total[kParts] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+    for (int64_t c = 0; c < rank; c += kWidth) {
+      const int live = static_cast<int>(std::min<int64_t>(rank - c, kWidth));
+      const auto load = [&](const float* from)
+                            ALWAYS_INLINE_LAMBDA { return live == kWidth ? vec_load(from) : vec_load_n(from, live); };
+      Vec key[kParts] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
+      for (int64_t k = 0; k < r.router_rank; k += kParts)
+        for (int j = 0; j < kParts && k + j < r.router_rank; ++j)
+          key[j] = vec_fma(vec_set(q[k + j]), load(core + (k + j) * weight.row_stride + c), key[j]);
+      for (int j = 0; j < kParts; ++j) total[j] = vec_fma(key[j], load(h + c), total[j]);
+    }
+    float sums[kParts];
+    vec_sum4(total, sums);
+    r.gates[first_pair + pair] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale;
   }
 }
 
@@ -187,7 +220,7 @@ void add_slot(const ExpandJob& job, int w, const Pairs& pairs, int64_t begin, co
       const int64_t pair = pairs.ids[i + j];
       left.cells[j] = left_cells + (i + j) * cells;
       left.out[j] = target.data + (token_of(p, pair) - target.first_token) * target.stride + column;
-      left.factor[j] = job.use_factors ? factor_of(p, pairs.slot, pair) : 1.0f;
+      left.factor[j] = job.use_factors ? factor_of(p, job.gates, pairs.slot, pair) : 1.0f;
     }
     return left;
   };

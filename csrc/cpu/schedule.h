@@ -71,7 +71,12 @@ inline void run_shrink_unit(const LoraParams& p, const ShrinkUnit& unit, const V
   variant.shrink(p, unit, unit_scratch(variant.shrink_scratch(unit)));
 }
 
+inline int64_t h_size(const LoraParams& p) { return p.num_slices * p.num_tokens * p.num_choices * p.r_max; }
+
 // h = A x for all groups: units of some tokens and some ranks.
 void run_shrink(const LoraParams& p, const Variant& variant, int threads);
+
+// y (+)= the sums of B h for all groups: units of some columns.
+void run_expand(const LoraParams& p, const Variant& variant, int threads);
 
 }  // namespace lorakern::cpu

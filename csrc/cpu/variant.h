@@ -30,6 +30,7 @@ struct ExpandJob {
   int64_t out_stride;
   bool accumulate;
   const uint8_t* served;  // (T): has the token an adapter? Null where every token gets one term at most
+  const float* gates;     // (T, K) or null for 1
 };
 
 // A range of columns for groups of pairs. Where a token may get several terms the groups ascend by slot and hold all
@@ -37,6 +38,12 @@ struct ExpandJob {
 struct ExpandUnit {
   const Pairs* groups;
   int64_t num_groups, token_begin, token_end, column_begin, column_end;
+};
+
+// Logits of some pairs of one slot, in the place of their gates.
+struct GateUnit {
+  int slice;
+  Pairs pairs;
 };
 
 // dh[pair][r] = sum_o dy[t][o] * B[slot][o][r].
@@ -120,6 +127,7 @@ struct Variant {
   void (*shrink)(const LoraParams&, const ShrinkUnit&, float* scratch);
   int64_t (*expand_scratch)(const ExpandJob&, const ExpandUnit&);  // floats
   void (*expand)(const ExpandJob&, const ExpandUnit&, float* scratch);
+  void (*gate)(const RouterParams&, const GateUnit&);
   int64_t (*back_scratch)();
   void (*back)(const LoraGradParams&, const BackUnit&, float* scratch);
   int64_t (*outer_scratch)(const LoraParams&, int64_t columns);
@@ -151,8 +159,8 @@ inline int64_t rank_of(const LoraParams& p, int64_t slot) { return p.ranks ? p.r
 
 inline int64_t token_of(const LoraParams& p, int64_t pair) { return p.num_choices == 1 ? pair : pair / p.num_choices; }
 
-inline float factor_of(const LoraParams& p, int64_t slot, int64_t pair) {
-  return (p.scale ? p.scale[slot] : 1.0f) * (p.gates ? p.gates[pair] : 1.0f);
+inline float factor_of(const LoraParams& p, const float* gates, int64_t slot, int64_t pair) {
+  return (p.scale ? p.scale[slot] : 1.0f) * (gates ? gates[pair] : 1.0f);
 }
 
 }  // namespace lorakern

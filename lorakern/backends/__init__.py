@@ -1,8 +1,8 @@
 """The backends, and the one place that picks among them.
 
 Each backend module has NAME, missing() and, of ``plan shrink expand bgmv backward warmup gram sketch lines combine``
-and the ``CLUSTERING`` ops, the functions that it implements; where it cannot take every layer also refuses(op, layer),
-the reason why it leaves one to others.
+and the ``ROUTED`` and ``CLUSTERING`` ops, the functions that it implements; where it cannot take every layer also
+refuses(op, layer), the reason why it leaves one to others.
 Only `lorakern.ops` calls `select`. Nothing here falls back silently: a device whose backend is missing is an error.
 """
 
@@ -21,24 +21,18 @@ BACKENDS = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
 CLUSTERING = ("points_gram", "kmeans_assign", "kmeans_distances", "kmeans_update", "kmeans_seed", "kmeans_lloyd")
 
+_LORA = ("plan", "shrink", "expand", "bgmv", "backward")
+_ALGEBRA = ("gram", "sketch", "lines", "combine")
+ROUTED = ("attention_gates", "routed_bgmv")
+
 # What serves each op by default, best first.
 _ORDER = {
-    "cpu": {
-        op: (cpu,)
-        for op in ("plan", "shrink", "expand", "bgmv", "backward", "gram", "sketch", "lines", "combine", *CLUSTERING)
-    },
+    "cpu": dict.fromkeys((*_LORA, *_ALGEBRA, *ROUTED, *CLUSTERING), (cpu,)),
     "cuda": {
-        "plan": (cuda, triton),
-        "shrink": (cuda, triton),
-        "expand": (cuda, triton),
-        "bgmv": (cuda, triton),
-        "backward": (cuda, triton),
-        **{op: (triton,) for op in CLUSTERING},
+        **dict.fromkeys(_LORA, (cuda, triton)),
+        **dict.fromkeys((*ROUTED, *CLUSTERING), (triton,)),
         # No kernels of ours yet for these: torch.mm in float64.
-        "gram": (reference,),
-        "sketch": (reference,),
-        "lines": (reference,),
-        "combine": (reference,),
+        **dict.fromkeys(_ALGEBRA, (reference,)),
     },
 }
 

@@ -257,6 +257,32 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
     _write(y, sum(w[3] for w in weights), y_offset, run)
 
 
+def _routers(router_A):
+    return [(a.data_ptr(), 0, a.stride(0), a.shape[0]) for a in router_A]
+
+
+def attention_gates(gates, x, h, router_A, cores, indices, ranks):
+    x = _rows(x)
+    r_max = cores[0].shape[2]
+    routing, _kept = _routing(None, ranks, None, None, None, r_max)
+    sizes, source = _sizes(x.dtype, indices, cores[0], r_max, x.shape[1]), (x.data_ptr(), x.stride(0))
+    weights = _routers(router_A), _weights(cores)
+    _call(_cpu.attention_gates, gates.data_ptr(), source, h.data_ptr(), *weights, sizes, _indices(indices), routing)
+
+
+def routed_bgmv(y, x, A, B, router_A, cores, indices, scale, ranks, order, starts, y_offset, accumulate):
+    x = _rows(x)
+    _, r_max, d_in = A[0].shape
+    routing, _kept = _routing(scale, ranks, None, order, starts, r_max)
+    sizes, source = _sizes(x.dtype, indices, A[0], r_max, d_in), (x.data_ptr(), x.stride(0))
+    weights = _weights(A), _weights(B), _routers(router_A), _weights(cores)
+
+    def run(target):
+        _call(_cpu.routed_bgmv, target, source, *weights, sizes, _indices(indices), routing, accumulate)
+
+    _write(y, sum(b.shape[1] for b in B), y_offset, run)
+
+
 def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     dy, x = _rows(dy), _rows(x)
     _, r_max, d_in = A[0].shape

@@ -19,6 +19,7 @@ from lorakern.backends.reference_kmeans import (
 NAME = "reference"
 VALIDATES = False
 __all__ = [
+    "attention_gates",
     "backward",
     "bgmv",
     "expand",
@@ -31,6 +32,7 @@ __all__ = [
     "lines",
     "plan",
     "points_gram",
+    "routed_bgmv",
     "shrink",
     "sketch",
 ]
@@ -167,6 +169,31 @@ def bgmv(y, x, A, B, indices, scale, ranks, gates, order, starts, y_offset, accu
     B = unpacked(B, ranks) if packed else B
     delta = _expand(_shrink(x, A, indices, ranks), B, indices, scale, ranks, gates)
     _write(y, delta, indices, A[0].shape[0], ranks, y_offset, accumulate)
+
+
+def _attention_gates(x, h, router_A, cores, indices, ranks):
+    slots, router_rank, r_max = cores[0].shape
+    logits = torch.full(h.shape[:3], -torch.inf, dtype=torch.float64, device=x.device)
+    for slot, r, token, choice in _slots(indices, slots, ranks, r_max):
+        for s, core in enumerate(cores):
+            q = x[token].double() @ router_A[s].double().T
+            keys = h[s, token, choice, :r].double() @ core[slot, :, :r].double().T
+            logits[s, token, choice] = (q * keys).sum(dim=1) / router_rank**0.5
+    absent = (indices < 0) | (indices >= slots)
+    return logits.softmax(dim=2).masked_fill(absent, 0.0)
+
+
+def attention_gates(gates, x, h, router_A, cores, indices, ranks):
+    """gates[s, t] = softmax over k of (router_A[s] x[t])^T cores[s][i] h[s, t, k] / sqrt(router rank); 0 if i is -1."""
+    gates.copy_(_attention_gates(x, h, router_A, cores, indices, ranks))
+
+
+def routed_bgmv(y, x, A, B, router_A, cores, indices, scale, ranks, order, starts, y_offset, accumulate):
+    """bgmv with the attention gates of each slice, h and gates kept in float64."""
+    h = _shrink(x, A, indices, ranks)
+    gates = _attention_gates(x, h, router_A, cores, indices, ranks)
+    parts = [_expand(h[s : s + 1], [b], indices, scale, ranks, gates[s]) for s, b in enumerate(B)]
+    _write(y, torch.cat(parts, dim=1), indices, A[0].shape[0], ranks, y_offset, accumulate)
 
 
 def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):

@@ -63,6 +63,22 @@ def backward(dy, x, A, B, indices, scale, ranks, gates, order, starts):
     return _kernels().backward(dy, x, A, B, indices, scale, ranks, gates, order, starts, _shared(x.device))
 
 
+def attention_gates(gates, x, h, router_A, cores, indices, ranks):
+    """gates[s, t] = softmax over k of (router_A[s] x[t])^T cores[s][i] h[s, t, k] / sqrt(router rank); 0 if i is -1."""
+    _check(x)
+    _kernels().attention_gates(gates, x, h, router_A, cores, indices, ranks, _shared(x.device))
+
+
+def routed_bgmv(y, x, A, B, router_A, cores, indices, scale, ranks, order, starts, y_offset, accumulate):
+    """bgmv with the attention gates of each slice: shrink, query, gates, and an expand for every slice."""
+    _check(x)
+    if order is None:
+        order, starts = plan(indices, A[0].shape[0])
+    columns = y.narrow(1, y_offset, sum(b.shape[1] for b in B))
+    given = (columns, x, A, B, router_A, cores, indices, scale, ranks, order, starts, accumulate)
+    _kernels().routed_bgmv(*given, _shared(x.device))
+
+
 def points_gram(rows, blocks, parts, scales):
     """X X^T of each problem; of float32 points, X less its mean."""
     _check(rows[0])

@@ -7,6 +7,8 @@ from lorakern.ops.equivalence_report import EquivalenceReport, ModuleCheck
 from lorakern.ops.kmeans import KMeansResult, kmeans
 from lorakern.ops.kmeans_steps import kmeans_assign, kmeans_update
 from lorakern.ops.plan import Plan, plan
+from lorakern.ops.routed import routed_bgmv, routed_delta
+from lorakern.ops.router import attention_gates, router_cores
 from lorakern.ops.shrink_expand import expand, shrink
 from lorakern.ops.truncate import Truncated, truncate
 from lorakern.ops.warmup import warmup
@@ -17,6 +19,7 @@ __all__ = [
     "ModuleCheck",
     "Plan",
     "Truncated",
+    "attention_gates",
     "bgmv",
     "check_concat_sum",
     "delta_distance",
@@ -27,6 +30,9 @@ __all__ = [
     "kmeans_update",
     "lora_delta",
     "plan",
+    "routed_bgmv",
+    "routed_delta",
+    "router_cores",
     "sgmv",
     "shrink",
     "truncate",

@@ -12,7 +12,7 @@ import torch
 from lorakern.backends import FORCED, cpu
 from lorakern.ops.plan import Plan
 
-_NAMES = ("bgmv", "sgmv", "lora_delta", "shrink", "expand")
+_NAMES = ("bgmv", "sgmv", "lora_delta", "shrink", "expand", "routed_bgmv")
 
 
 def _declined(*_):

@@ -114,16 +114,12 @@ def _normalised(op, x, A, B, indices, scale, ranks, gates, plan):
     return x, A, B, indices, scale, ranks, gates, order, starts
 
 
-def _wants_gradient(y, x, A, B, scale, gates):
-    return torch.is_grad_enabled() and any(
-        isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in (y, x, *A, *B, scale, gates)
-    )
+def wants_gradient(*tensors):
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
-def _add_delta(y, arguments, y_offset, accumulate):
-    """bgmv by way of lora_delta, for autograd: rows without an adapter keep their bits."""
-    delta = torch.ops.lorakern.lora_delta(*arguments)
-    _, A, _, indices, _, ranks, *_ = arguments
+def add_served(y, delta, A, indices, ranks, y_offset, accumulate):
+    """Add an update that autograd follows to y, in place: rows without an adapter keep their bits."""
     slots = A[0].shape[0]
     served = (indices >= 0) & (indices < slots)
     if ranks is not None:
@@ -135,13 +131,14 @@ def _add_delta(y, arguments, y_offset, accumulate):
 
 
 def _bgmv_checked(op, y, arguments, y_offset, accumulate, packed=False):
-    x, A, B, _, scale, ranks, gates, _, _ = arguments
+    x, A, B, indices, scale, ranks, gates, _, _ = arguments
     if packed:
         check.check_packed(op, B, ranks)
     check.check_output(op, "y", y, x.shape[0], sum(b.shape[1] for b in B), y_offset, x.dtype, x.device)
-    if _wants_gradient(y, x, A, B, scale, gates):
+    if wants_gradient(y, x, *A, *B, scale, gates):
         B = unpacked(B, ranks) if packed else B
-        return _add_delta(y, (x, A, B, *arguments[3:]), y_offset, accumulate)
+        delta = torch.ops.lorakern.lora_delta(x, A, B, *arguments[3:])
+        return add_served(y, delta, A, indices, ranks, y_offset, accumulate)
     torch.ops.lorakern.bgmv_(y, *arguments, y_offset, accumulate, packed)
     return y
 
