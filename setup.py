@@ -133,10 +133,12 @@ setup(
         "lorakern.merge.iteris",
         "lorakern.mixture",
         "lorakern.ops",
+        "lorakern.serve",
         "lorakern.triton_kernels",
     ],
     # The folder triton_kernels/ must not become a top-level package: OpenAI's package of that name would be shadowed.
     package_dir={"lorakern.triton_kernels": "triton_kernels"},
+    package_data={"lorakern.serve": ["page.html"]},
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
 )

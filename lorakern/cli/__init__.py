@@ -11,6 +11,7 @@ from lorakern.errors import LorakernError
 # What a command may find missing, and the extra that installs it.
 _EXTRAS = {"typer": "cli", "rich": "cli", "yaml": "cli", "matplotlib": "plot"}
 _EXTRAS |= {"transformers": "transformers", "gguf": "transformers", "peft": "demo"}
+_EXTRAS |= dict.fromkeys(("fastapi", "uvicorn", "python_multipart", "prometheus_client"), "serve")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import lorakern
-from lorakern.cli import files, learned, machine
+from lorakern.cli import files, learned, machine, serving
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -29,5 +29,5 @@ def start(
 
 on_files = (files.merge, files.resize, files.check, files.inspect, files.lego_map)
 with_data = (learned.soups, learned.iteris, learned.lorahub)
-for function in (*on_files, *with_data, machine.info, machine.demo, machine.bench):
+for function in (*on_files, *with_data, serving.serve, machine.info, machine.demo, machine.bench):
     app.command()(function)

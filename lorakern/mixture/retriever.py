@@ -124,11 +124,20 @@ class LoraRetriever:
             LorakernError: for a name that is there, no texts, or embeddings of another width or without a direction.
         """
         check_name(name)
-        samples = check_texts(texts)
+        check_texts(texts)
         if not replace and name in self:
             self._refuse(name)
-        vector = embed(self.encoder, samples, self.instruction).mean(0)
-        self.add_embedding(name, vector, replace=replace)
+        self.add_embedding(name, self.embedding(texts), replace=replace)
+
+    def embedding(self, texts: Sequence[str]) -> torch.Tensor:
+        """(d,) float64: what `add` makes of m sample texts, to be kept and given to `add_embedding` later.
+
+        Raises:
+            LorakernError: for no texts, or an embedding without a direction.
+        """
+        vector = embed(self.encoder, check_texts(texts), self.instruction).mean(0)
+        self._vectors(check_rows(vector[None], "the embedding of texts"), "the embedding of texts")
+        return vector
 
     def add_embedding(self, name: str, vector: torch.Tensor, *, replace: bool = False) -> None:
         """Put an adapter into the pool by its embedding (d,), floats of any dtype; otherwise as `add`."""

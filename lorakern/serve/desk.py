@@ -1,0 +1,131 @@
+"""Between HTTP and the engine: how many requests are taken, their text as it comes, and clients that leave."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import Request
+
+from lorakern.serve.errors import ApiError
+
+
+class Answer:
+    """A request in the engine, seen from the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._ticket: Any = None
+
+    def on_token(self, text: str) -> None:
+        """What the engine's thread calls."""
+        self._call(self._pieces.put_nowait, text)
+
+    def taken(self, ticket: Any, ended: Callable[[], None]) -> None:
+        """The engine has it; `ended` is called in the event loop when it no longer does."""
+        self._ticket = ticket
+
+        def end() -> None:
+            self._pieces.put_nowait(None)
+            ended()
+
+        ticket.add_done_callback(lambda *_: self._call(end))
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """New text, until the engine is done with the request."""
+        while (piece := await self._pieces.get()) is not None:
+            yield piece
+
+    async def result(self) -> Any:
+        """The `Generation`, when it is there."""
+        async for _ in self.pieces():
+            pass
+        return self.made()
+
+    def made(self) -> Any:
+        """The `Generation` of an answer whose pieces have ended; raises what the engine failed with."""
+        return self._ticket.result(0)
+
+    async def result_for(self, request: Request) -> Any:
+        """The `Generation`; the request is cancelled if its client leaves.
+
+        Raises:
+            ApiError: the client has left.
+        """
+        done, gone = asyncio.ensure_future(self.result()), asyncio.ensure_future(_left(request))
+        try:
+            await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise ApiError(499, "the client left before its answer", "disconnected")
+            return done.result()
+        finally:
+            self.cancel()
+            done.cancel()
+            gone.cancel()
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; nothing happens if it is done."""
+        if not self._ticket.done():
+            self._ticket.cancel()
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        # a loop that was closed has no one to tell
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+
+class Desk:
+    """Hands requests to the engine, at most `limit` at once.
+
+    Args:
+        engine: a `MixtureModel`, or what has its `submit`.
+        limit: requests that run or wait; there is a 429 for each one more.
+    """
+
+    def __init__(self, engine: Any, limit: int) -> None:
+        self._engine, self._limit = engine, limit
+        self._inside: set[Answer] = set()
+        self._later: list[tuple[set[Answer], Callable[[], None]]] = []
+
+    async def submit(self, prompt: str | list[int], **options: Any) -> Answer:
+        """Raises:
+        ApiError: 429.
+        LorakernError: the engine does not take it.
+        """
+        if len(self._inside) >= self._limit:
+            message = f"{self._limit} requests run or wait, as many as this server takes; try again in a second"
+            raise ApiError(429, message, "overloaded", headers={"Retry-After": "1"})
+        answer = Answer()
+        self._inside.add(answer)
+        try:
+            # it encodes the query, which is work
+            ticket = await asyncio.to_thread(self._engine.submit, prompt, on_token=answer.on_token, **options)
+        except BaseException:
+            self._leave(answer)
+            raise
+        answer.taken(ticket, lambda: self._leave(answer))
+        return answer
+
+    def later(self, action: Callable[[], None]) -> None:
+        """Call `action` in a thread when the requests that are here now have ended. In the event loop."""
+        self._later.append((set(self._inside), action))
+        self._do_due()
+
+    def _leave(self, answer: Answer) -> None:
+        self._inside.discard(answer)
+        for waiting, _ in self._later:
+            waiting.discard(answer)
+        self._do_due()
+
+    def _do_due(self) -> None:
+        due = [action for waiting, action in self._later if not waiting]
+        self._later = [entry for entry in self._later if entry[0]]
+        for action in due:
+            asyncio.get_running_loop().run_in_executor(None, action)
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
