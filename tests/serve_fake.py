@@ -4,6 +4,7 @@ import itertools
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,32 +46,26 @@ class Ticket:
     adapters: dict
     on_token: object
     cancelled: bool = False
-    generation: Generation | None = None
-    error: Exception | None = None
-    _callbacks: list = field(default_factory=list)
-    _done: threading.Event = field(default_factory=threading.Event)
+    _future: Future = field(default_factory=Future)
 
     def result(self, timeout=None):
-        if not self._done.wait(timeout):
-            raise TimeoutError
-        if self.error is not None:
-            raise self.error
-        return self.generation
+        return self._future.result(timeout)
 
     def cancel(self):
         self.cancelled = True
 
     def done(self):
-        return self._done.is_set()
+        return self._future.done()
 
     def add_done_callback(self, function):
-        self._callbacks.append(function)
+        self._future.add_done_callback(lambda _: function(self))
 
     def finish(self, words, reason):
-        self.generation = Generation("".join(words), list(range(len(words))), self.prompt_tokens, self.adapters, reason)
-        self._done.set()
-        for function in self._callbacks:
-            function(self)
+        tokens = list(range(len(words)))
+        self._future.set_result(Generation("".join(words), tokens, self.prompt_tokens, self.adapters, reason))
+
+    def fail(self, error):
+        self._future.set_exception(error)
 
 
 class FakeEngine:
@@ -113,9 +108,7 @@ class FakeEngine:
         if name in self.retriever:
             self.retriever.remove(name)
 
-    def submit(
-        self, prompt, *, max_new_tokens=64, stop=(), adapters=None, exclude=None, on_token=None, query=None
-    ):
+    def submit(self, prompt, *, max_new_tokens=64, stop=(), adapters=None, exclude=None, on_token=None, query=None):
         words = [str(token) for token in prompt] if isinstance(prompt, list) else prompt.split()
         if not words:
             raise LorakernError("prompt is empty; give some text")
@@ -149,7 +142,7 @@ class FakeEngine:
             if word in stop:
                 break
             if word == "broken":
-                ticket.error = RuntimeError("the engine broke")
+                reason = "broken"
                 break
             time.sleep(0.02 if slow else self.seconds)
             said.append((" " if said else "") + word)
@@ -158,7 +151,10 @@ class FakeEngine:
                 ticket.on_token(said[-1])
         with self._lock:
             self._running -= 1
-        ticket.finish(said, reason)
+        if reason == "broken":
+            ticket.fail(RuntimeError("the engine broke"))
+        else:
+            ticket.finish(said, reason)
 
     def stats(self):
         now = {"running": self._running, "waiting": 0, "loaded": len(self.adapters), "adapters": len(self.adapters)}

@@ -46,9 +46,7 @@ def serve(
     guards.check_start(host, api_key)
     run.check_folder(adapters)
     run.log_to_stderr()
-    built, retriever, template = engine.build(
-        model, read_dtype(dtype, "--dtype"), mode=mode, k=k, routers=router
-    )
+    built, retriever, template = engine.build(model, read_dtype(dtype, "--dtype"), mode=mode, k=k, routers=router)
     settings = server.Settings(api_key=api_key, max_weights=max_upload * MB, max_requests=max_requests)
     app = server.create_app(built, retriever, adapters, template, settings)
     run.serve(app, host, port, lambda address: print(f"{len(built.names)} adapters on {address}", flush=True))

@@ -135,6 +135,8 @@ async def read(request: Request, kind: type[Kind]) -> Kind:
             raise ApiError(413, f"the body has more than {MAX_BODY_BYTES} bytes; send a shorter prompt", "too_large")
     try:
         fields = json.loads(body)
+        # half a surrogate is JSON, but no text
+        json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON ({error}); send one object", "invalid_json") from None
     if not isinstance(fields, dict):

@@ -107,7 +107,7 @@ class AdapterStore:
     def update(self, record: Record) -> None:
         """Write another record of an adapter that is there."""
         folder, _ = self._entry(record.name)
-        temporary = folder / f"{RECORD}.tmp"
+        temporary = self._quarantine / folder.name
         _write(temporary, record.to_json())
         temporary.replace(folder / RECORD)
         _sync(folder)
