@@ -92,15 +92,15 @@ class FakeEngine:
             if MODULES.get(module) != (factors.B.shape[0], factors.A.shape[1]):
                 raise LorakernError(f"adapter {name}: {module} does not fit the model")
 
-    def add(self, name, adapter, texts=None, *, embedding=None):
+    def add(self, name, adapter, texts=None, *, embedding=None, replace=False):
         loaded = adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter)
         self.check(name, loaded)
-        if name in self.adapters:
+        if name in self.adapters and not replace:
             raise LorakernError(f"{name} is there already")
         if texts is not None:
             embedding = self.retriever.embedding(texts)
         if embedding is not None:
-            self.retriever.add_embedding(name, embedding)
+            self.retriever.add_embedding(name, embedding, replace=replace)
         self.adapters[name] = adapter
 
     def remove(self, name):
@@ -112,8 +112,8 @@ class FakeEngine:
         words = [str(token) for token in prompt] if isinstance(prompt, list) else prompt.split()
         if not words:
             raise LorakernError("prompt is empty; give some text")
-        if len(words) + max_new_tokens > self.max_tokens:
-            raise LorakernError(f"prompt and max_new_tokens take more than {self.max_tokens} tokens; shorten them")
+        if len(words) >= self.max_tokens:
+            raise LorakernError(f"prompt has {len(words)} tokens, the model has room for {self.max_tokens}")
         if adapters is None:
             (found,) = self.retriever.retrieve([query or " ".join(words)], k=self.k)
             names = [name for name, _ in found]

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: a prompt is answered, weights are bars, uploads and deletions work, names stay text."""
+"""The page in headless Chromium: prompts are answered, weights are bars, uploads and deletions work, names are text."""
 
 import os
 import shutil

@@ -17,9 +17,14 @@ def serve(
     model: Annotated[str, typer.Option(help="A directory or name of transformers, or smollm2.")] = "smollm2",
     host: Annotated[str, typer.Option(help="Beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    mode: Annotated[str, typer.Option(help="How adapters are composed: mixture, fusion or selection.")] = "mixture",
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="How adapters are composed: selection, fusion, mixture, arrow; or ramole and the like with --router."
+        ),
+    ] = "mixture",
     k: Annotated[int, typer.Option(min=1, help="Adapters a request.")] = 3,
-    router: Annotated[Path | None, typer.Option(help="A file of trained routers.")] = None,
+    router: Annotated[Path | None, typer.Option(help="What --mode has learned: a file of Routers.save.")] = None,
     dtype: ModelDtype = "float32",
     api_key: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -45,17 +45,11 @@ def create_app(
     """
     store = AdapterStore(folder, log.warning)
     desk, metrics = Desk(engine, settings.max_requests), Metrics(engine)
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    def later(action: Callable[[], None]) -> None:
-        loops[0].call_soon_threadsafe(desk.later, action)
-
-    catalogue = Catalogue(engine, retriever, store, later, log.warning)
+    catalogue = Catalogue(engine, retriever, store, log.warning)
     catalogue.restore()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loops.append(asyncio.get_running_loop())
         yield
         await asyncio.to_thread(engine.close)
         store.close()

@@ -15,8 +15,6 @@ from lorakern.serve.errors import ApiError
 from lorakern.serve.record import Embedding, Record
 from lorakern.serve.store import AdapterStore
 
-Later = Callable[[Callable[[], None]], None]
-
 
 class Catalogue:
     """Uploads and deletions, in the store first and then in the engine.
@@ -25,15 +23,12 @@ class Catalogue:
         engine: a `MixtureModel`, or what has its `add`, `check` and `remove`.
         retriever: encodes the sample texts; the engine's own.
         store: its adapters are put into the engine by `restore`.
-        later: calls a function when the requests that run now have ended.
         warn: told why an adapter of the store is not served.
     """
 
-    def __init__(
-        self, engine: Any, retriever: LoraRetriever, store: AdapterStore, later: Later, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, engine: Any, retriever: LoraRetriever, store: AdapterStore, warn: Callable[[str], None]) -> None:
         self.store = store
-        self._engine, self._retriever, self._later, self._warn = engine, retriever, later, warn
+        self._engine, self._retriever, self._warn = engine, retriever, warn
         self._lock = threading.Lock()
         self._encoder = identity_of(retriever.encoder)
 
@@ -44,7 +39,8 @@ class Catalogue:
                 if record.texts and not self._is_current(record.embedding):
                     record = Record(**vars(record) | {"embedding": self._embed(record.texts)})
                     self.store.update(record)
-                self._add(record, self.store.path(record.name))
+                # the numbers were read when it was uploaded
+                self._add(record, LoraAdapter.load(self.store.path(record.name), check_finite=False))
             except LorakernError as error:
                 self._warn(f"adapter {show(record.name)} is not served: {error}")
 
@@ -74,17 +70,12 @@ class Catalogue:
         record = Record.of(name, adapter, created=int(time.time()), **fields)
         with self._lock:
             self.check_free(name, replace)
-            there = name in self.store
-            folder, old = self.store.publish(quarantine, record)
+            self.store.publish(quarantine, record)
             try:
-                if there:
-                    self._engine.remove(name)
-                self._add(record, folder)
+                self._add(record, adapter)
             except BaseException:
-                self.store.clear(self.store.remove(name))
+                self.store.remove(name)
                 raise
-        if old is not None:
-            self._later(lambda: self.store.clear(old))
         return record
 
     def delete(self, name: str) -> None:
@@ -95,10 +86,9 @@ class Catalogue:
         """
         with self._lock:
             self._check_there(name)
-            folder = self.store.remove(name)
+            self.store.remove(name)
             if name in self._engine.names:
                 self._engine.remove(name)
-        self._later(lambda: self.store.clear(folder))
 
     def listed(self) -> list[dict[str, Any]]:
         """What clients are told of all adapters, in the order of upload."""
@@ -121,9 +111,10 @@ class Catalogue:
         if name not in self.store:
             raise ApiError(404, f"there is no adapter {show(name)}; GET /adapters lists them", "not_found", "name")
 
-    def _add(self, record: Record, folder: Path) -> None:
+    def _add(self, record: Record, adapter: LoraAdapter) -> None:
+        # its files are mapped: requests finish with them also when they were removed
         embedding = None if record.embedding is None else record.embedding.tensor()
-        self._engine.add(record.name, folder, embedding=embedding)
+        self._engine.add(record.name, adapter, embedding=embedding, replace=True)
 
     def _embed(self, texts: Sequence[str]) -> Embedding:
         vector = self._retriever.embedding(texts)

@@ -85,44 +85,29 @@ class Desk:
 
     def __init__(self, engine: Any, limit: int) -> None:
         self._engine, self._limit = engine, limit
-        self._inside: set[Answer] = set()
-        self._later: list[tuple[set[Answer], Callable[[], None]]] = []
+        self._inside = 0
 
     async def submit(self, prompt: str | list[int], **options: Any) -> Answer:
         """Raises:
         ApiError: 429.
         LorakernError: the engine does not take it.
         """
-        if len(self._inside) >= self._limit:
+        if self._inside >= self._limit:
             message = f"{self._limit} requests run or wait, as many as this server takes; try again in a second"
             raise ApiError(429, message, "overloaded", headers={"Retry-After": "1"})
         answer = Answer()
-        self._inside.add(answer)
+        self._inside += 1
         try:
             # it encodes the query, which is work
             ticket = await asyncio.to_thread(self._engine.submit, prompt, on_token=answer.on_token, **options)
         except BaseException:
-            self._leave(answer)
+            self._leave()
             raise
-        answer.taken(ticket, lambda: self._leave(answer))
+        answer.taken(ticket, self._leave)
         return answer
 
-    def later(self, action: Callable[[], None]) -> None:
-        """Call `action` in a thread when the requests that are here now have ended. In the event loop."""
-        self._later.append((set(self._inside), action))
-        self._do_due()
-
-    def _leave(self, answer: Answer) -> None:
-        self._inside.discard(answer)
-        for waiting, _ in self._later:
-            waiting.discard(answer)
-        self._do_due()
-
-    def _do_due(self) -> None:
-        due = [action for waiting, action in self._later if not waiting]
-        self._later = [entry for entry in self._later if entry[0]]
-        for action in due:
-            asyncio.get_running_loop().run_in_executor(None, action)
+    def _leave(self) -> None:
+        self._inside -= 1
 
 
 async def _left(request: Request) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lorakern.commands.learned import EMBEDDED, load_model
-from lorakern.mixture import LoraRetriever, MiniLM
+from lorakern.mixture import LoraRetriever, MiniLM, MixtureModel, Routers
 from lorakern.serve.template import CHATML, Template, chat_template
 
 
@@ -20,14 +20,13 @@ def build(
         dtype: of the model.
         mode: of `MixtureModel`.
         k: adapters a request.
-        routers: a file of routers, for the modes that have them.
+        routers: a file that `Routers.save` wrote, for the modes that have some.
 
     Raises:
         LorakernError: something of it is missing, or cannot be loaded.
     """
-    from lorakern.mixture import MixtureModel
-
+    learned = None if routers is None else Routers.load(routers)
     loaded, tokenizer = load_model(model, dtype)
     retriever = LoraRetriever(MiniLM())
-    engine = MixtureModel(loaded, retriever, tokenizer=tokenizer, mode=mode, k=k, routers=routers)
+    engine = MixtureModel(loaded, retriever, tokenizer=tokenizer, mode=mode, k=k, routers=learned)
     return engine, retriever, chat_template(tokenizer, CHATML if model == EMBEDDED else None)

@@ -84,12 +84,8 @@ class AdapterStore:
         """Remove what an upload left; nothing if it was published."""
         shutil.rmtree(quarantine, ignore_errors=True)
 
-    def publish(self, quarantine: Path, record: Record) -> tuple[Path, Path | None]:
-        """Make a quarantined folder an adapter, on the disk when this returns; it takes the place of one of its name.
-
-        Returns:
-            Its folder; and that of the one whose place it took, for `clear`.
-        """
+    def publish(self, quarantine: Path, record: Record) -> None:
+        """Make a quarantined folder an adapter, on the disk when this returns; it takes the place of one of its name."""
         for file in quarantine.iterdir():
             _sync(file)
         _write(quarantine / RECORD, record.to_json())
@@ -101,8 +97,7 @@ class AdapterStore:
             old = self._found.pop(record.name, None)
             self._found[record.name] = folder, record
             if old is not None:
-                _retire(old[0])
-        return folder, old and old[0]
+                _take_out(old[0])
 
     def update(self, record: Record) -> None:
         """Write another record of an adapter that is there."""
@@ -113,21 +108,12 @@ class AdapterStore:
         _sync(folder)
         self._found[record.name] = folder, record
 
-    def remove(self, name: str) -> Path:
-        """Take an adapter out, on the disk when this returns. Its files stay until `clear`: requests may read them.
-
-        Returns:
-            Its folder.
-        """
+    def remove(self, name: str) -> None:
+        """Take an adapter out, on the disk when this returns."""
         with self._lock:
             folder, _ = self._entry(name)
-            _retire(folder)
             del self._found[name]
-        return folder
-
-    def clear(self, folder: Path) -> None:
-        """Remove the files of an adapter that was taken out."""
-        _remove_tree(folder)
+            _take_out(folder)
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -160,15 +146,16 @@ class AdapterStore:
                 warn(f"not served: {error}")
                 continue
             if old := self._found.pop(record.name, None):
-                _retire(old[0])
-                _remove_tree(old[0])
+                _take_out(old[0])
             self._found[record.name] = folder, record
         return max((int(folder.name) for folder in folders), default=-1) + 1
 
 
-def _retire(folder: Path) -> None:
+def _take_out(folder: Path) -> None:
+    """Without a record it is no adapter, whatever comes of the rest."""
     (folder / RECORD).unlink()
     _sync(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_tree(path: Path) -> None:
