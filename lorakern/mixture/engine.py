@@ -138,7 +138,7 @@ class Engine:
                 self._finish(request, "cancelled")
 
     def _admit(self) -> None:
-        """Give rows and slots to those who wait, in their order; who needs slots that are taken lets later ones pass."""
+        """Give rows and slots to those who wait, in order; who needs slots that are taken lets later ones pass."""
         for request in [request for request in self._running if request.cancelled]:
             self._finish(request, "cancelled")
         passed = deque()
@@ -232,10 +232,8 @@ class Engine:
             # a character may need more tokens, and a stop may have begun
             whole = len(text.rstrip("\ufffd")) if text.endswith("\ufffd") else len(text)
             self._send(request, text, min(whole, len(text) - _begun(text, request.stop)))
-        if (
-            len(request.tokens) == request.max_new_tokens
-            or len(request.prompt) + len(request.tokens) == self._packed.max_tokens
-        ):
+        full = len(request.prompt) + len(request.tokens) == self._packed.max_tokens
+        if full or len(request.tokens) == request.max_new_tokens:
             self._finish(request, "length")
         return None
 

@@ -62,14 +62,14 @@ class MixtureLayers:
         """Where in the model the adapter's modules are.
 
         Raises:
-            LorakernError: it does not fit the model, has a module that is no layer here, or the mode has nothing for it.
+            LorakernError: it does not fit the model, has a module that is no layer here, or the mode knows it not.
         """
         targets = find_targets(op, self.model, name, adapter)
         for target in targets:
             if target.module not in self._paths:
                 raise LorakernError(
-                    f"{op}: adapter {name!r}, module {target.slots.name!r}: mixtures are for the linear layers of decoder "
-                    "layers; leave the module out of the adapter"
+                    f"{op}: adapter {name!r}, module {target.slots.name!r}: mixtures are for the linear layers of "
+                    "decoder layers; leave the module out of the adapter"
                 )
         if self.mode.per_adapter and name not in self.routers.adapters:
             raise LorakernError(

@@ -200,7 +200,7 @@ class MixtureModel:
         exclude: Sequence[str | Collection[str] | None] | None = None,
         queries: Sequence[str | None] | None = None,
     ) -> list[Generation]:
-        """Answers to all prompts, in their order; the other arguments as in `submit`, as lists with one for each prompt."""
+        """Answers to all prompts, in their order; other arguments as in `submit`, in lists with one for each prompt."""
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise LorakernError(f"prompts must be a list of texts, got {show(prompts)}")
         lists = []

@@ -251,7 +251,7 @@ class _Learned(_Gated):
 
 
 class Meteora(_Learned):
-    """A linear router in each layer: ``gates = softmax`` of the two highest ``<g_i, x>`` (MeteoRA, arXiv 2405.13053)."""
+    """A linear router in each layer: ``gates = softmax`` of the two highest ``<g_i, x>``. MeteoRA, arXiv 2405.13053."""
 
     name = "meteora"
     top = 2

@@ -32,7 +32,7 @@ class Entry:
 
 
 class AdapterPool:
-    """Adapters that come and go while a model runs; a thread of its own fills slots, so that no request waits for others.
+    """Adapters that come and go while a model runs. A thread of its own fills slots, off the way of requests.
 
     Args:
         layers: their slots.
@@ -140,7 +140,7 @@ class AdapterPool:
         return slot
 
     def _drop_if_unused(self, entry: Entry) -> None:
-        # one that is being loaded is dropped when that is done; one that could not be is loaded anew for the next request
+        # one that is being loaded is dropped when that is done; one that could not be may be tried anew
         if not entry.pins and entry.slot is not None and (entry.error or (entry.removed and entry.ready)):
             self._vacate(entry)
             entry.error = None
