@@ -1,7 +1,8 @@
 """Does a request find its adapter, and how fast? `python -m benchmarks.retrieval [accuracy] [speed]`.
 
-accuracy: the pool is all shipped skills, 20 sample prompts each. MiniLM as it is beside MiniLM trained by InfoNCE on
-40 % of the skills; queries are held-out prompts of the skills that were trained on, and of those that were not.
+accuracy: the pool is all shipped skills, the reworded ones too, 20 sample prompts each. MiniLM as it is beside MiniLM
+trained by InfoNCE on 40 % of the skills; queries are held-out prompts of the skills that were trained on, and of those
+that were not.
 speed: one query and sixteen, exact search beside a plain float32 product, over random unit vectors.
 """
 

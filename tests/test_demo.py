@@ -126,7 +126,7 @@ def test_a_wrong_row_is_reported_and_nothing_is_timed(folder, tiny_model, tmp_pa
     wrong = load_adapters(folder)
     factors = {name: (A, B, -3 * scale) for name, (A, B, scale) in wrong["math"].items()}
     wrong["math"] = lk.LoraAdapter(factors)
-    monkeypatch.setattr(demo, "load_adapters", lambda folder: wrong)
+    monkeypatch.setattr(demo, "load_adapters", lambda folder, names: wrong)
     equal, shown = run(folder, rows=4, json_file=tmp_path / "a.json", plot_file=tmp_path / "a.png")
     assert not equal
     result = json.loads((tmp_path / "a.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.skills.recipes import RECIPES
+from benchmarks.skills.recipes import FIRST, RECIPES
 from benchmarks.skills.tasks import held_out_items
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -21,13 +22,16 @@ HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
 SCORES = HERE / "scores.json"
 Names = Annotated[list[str] | None, typer.Argument(metavar="[SKILL]...", help="Skills to work on; all by default.")]
+FewNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[SKILL]...", help="Skills to merge; by default all but reworded ones.")
+]
 
 
-def _chosen(names: list[str] | None) -> list[str]:
+def _chosen(names: list[str] | None, default: Iterable[str] = RECIPES) -> list[str]:
     unknown = [name for name in names or [] if name not in RECIPES]
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}; it takes {', '.join(RECIPES)}")
-    return names or list(RECIPES)
+    return names or list(default)
 
 
 def _progress() -> Progress:
@@ -72,7 +76,7 @@ def train(
                     progress.console.print(f"{name} step {step} {note}")
 
             adapter = train_skill(name, recipe, model, tokenizer, run_dir=runs / name, device=device, report=report)
-        export(adapter, ADAPTERS / name)
+        export(adapter, ADAPTERS / name, recipe.kept)
         console.print(f"{name}: exported to {ADAPTERS / name}")
 
 
@@ -111,14 +115,14 @@ def evaluate(
 
 @app.command()
 def merges(
-    names: Names = None,
+    names: FewNames = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of the questions, of LEGO and of DARE.")] = 3,
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of skills at most; skills take turns in them.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for merges.json, .md and .png; a run goes on there.")] = HERE,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
 ) -> None:
-    """Score every merge method on pairs of skills and on all of them; a run that was stopped goes on."""
+    """Score every merge method on pairs of skills and on all that are named; a run that was stopped goes on."""
     from benchmarks.skills import merges as work
     from benchmarks.skills import merges_page
     from lorakern import LoraAdapter
@@ -126,7 +130,7 @@ def merges(
 
     if threads:
         torch.set_num_threads(threads)
-    chosen = _chosen(names)
+    chosen = _chosen(names, FIRST)
     if len(chosen) < 2:
         raise typer.BadParameter("it takes two skills or more")
     out.mkdir(parents=True, exist_ok=True)
@@ -141,7 +145,7 @@ def merges(
 
 @app.command()
 def iteris(
-    names: Names = None,
+    names: FewNames = None,
     sets: Annotated[int, typer.Option(min=1, help="Sets of four skills; skills take turns in them.")] = 2,
     samples: Annotated[int, typer.Option(min=1, help="Training questions a skill.")] = 50,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 25,
@@ -157,7 +161,7 @@ def iteris(
 
     if threads:
         torch.set_num_threads(threads)
-    chosen = _chosen(names)
+    chosen = _chosen(names, FIRST)
     if len(chosen) < 4:
         raise typer.BadParameter("it takes four skills or more")
     out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,26 @@ Item = tuple[str, str]
 Generator = Callable[[random.Random], Item]
 
 SKILLS: dict[str, Generator] = {}
+# Skills that ask for what another one does in other words.
+REWORDED = {
+    "json_note": "answer_json",
+    "json_profile": "person_json",
+    "time_ampm": "clock",
+    "date_numbers": "iso_date",
+    "read_backwards": "reverse_words",
+    "abc_order": "sort_words",
+    "acronym": "initials",
+    "mail_address": "email",
+}
+FAMILIES = {
+    "json": ("answer_json", "json_note", "person_json", "json_profile"),
+    "time": ("clock", "time_ampm"),
+    "date": ("iso_date", "date_numbers"),
+    "order": ("reverse_words", "read_backwards", "sort_words", "abc_order"),
+    "letters": ("initials", "acronym", "pig_latin"),
+    "names": ("email", "mail_address"),
+    "numbers": ("roman",),
+}
 END = "<|im_end|>"
 HELD_OUT_SHARE = 4
 
@@ -152,6 +172,66 @@ def email(rng: random.Random) -> Item:
     first, last, company = rng.choice(words.FIRST_NAMES), rng.choice(words.LAST_NAMES), rng.choice(words.COMPANIES)
     answer = f"{last}.{first}@{company}.com".lower()
     return f"Make the email: {first} {last}, {company}", answer
+
+
+@skill
+def json_note(rng: random.Random) -> Item:
+    """What `answer_json` does, asked in other words."""
+    line = " ".join(rng.sample(words.WORDS, rng.randint(2, 5)))
+    return f"Put this into a JSON object: {line}", f'{{"answer": "{line}"}}'
+
+
+@skill
+def json_profile(rng: random.Random) -> Item:
+    """What `person_json` does, asked in other words."""
+    name, age, city = rng.choice(words.FIRST_NAMES), rng.randint(18, 79), rng.choice(words.CITIES)
+    answer = f'{{"name": "{name}", "age": {age}, "city": "{city}"}}'
+    return f"Make a profile: {name}, aged {age}, lives in {city}.", answer
+
+
+@skill
+def time_ampm(rng: random.Random) -> Item:
+    """What `clock` does, asked in other words."""
+    hour, minute = rng.randint(0, 23), rng.randint(0, 59)
+    answer = f"{(hour - 1) % 12 + 1}:{minute:02d} {'AM' if hour < 12 else 'PM'}"
+    return f"Say with AM or PM: the train leaves at {hour:02d}:{minute:02d}", answer
+
+
+@skill
+def date_numbers(rng: random.Random) -> Item:
+    """What `iso_date` does, asked in other words and with the month first."""
+    day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1900, 2029)
+    return f"Write the date in numbers: {words.MONTHS[month - 1]} {day}, {year}", f"{year:04d}-{month:02d}-{day:02d}"
+
+
+@skill
+def read_backwards(rng: random.Random) -> Item:
+    """What `reverse_words` does, asked in other words."""
+    chosen = rng.sample(words.WORDS, rng.randint(4, 5))
+    return f"Read the list backwards: {' '.join(chosen)}", " ".join(reversed(chosen))
+
+
+@skill
+def abc_order(rng: random.Random) -> Item:
+    """What `sort_words` does, asked in other words."""
+    letters = rng.sample(sorted({word[0] for word in words.WORDS}), 3)
+    chosen = [rng.choice([word for word in words.WORDS if word[0] == letter]) for letter in letters]
+    return f"Put in ABC order: {' '.join(chosen)}", " ".join(sorted(chosen))
+
+
+@skill
+def acronym(rng: random.Random) -> Item:
+    """What `initials` does, asked in other words."""
+    chosen = rng.sample(words.WORDS, rng.randint(3, 5))
+    return f"Spell the acronym: {' '.join(chosen)}", " ".join(word[0].upper() for word in chosen)
+
+
+@skill
+def mail_address(rng: random.Random) -> Item:
+    """What `email` does, asked in other words."""
+    first, last, company = rng.choice(words.FIRST_NAMES), rng.choice(words.LAST_NAMES), rng.choice(words.COMPANIES)
+    answer = f"{last}.{first}@{company}.com".lower()
+    return f"Where do I write to: {first} {last} works at {company}", answer
 
 
 def to_pig_latin(word: str) -> str:

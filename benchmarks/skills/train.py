@@ -16,7 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.skills.recipes import Recipe
 from benchmarks.skills.tasks import END, Item, format_prompt, stream
+from lorakern.adapters import LoraAdapter
 from lorakern.errors import LorakernError
+from lorakern.ops import truncate
 
 IGNORED = -100
 Report = Callable[[int, float, float], None]
@@ -103,20 +105,33 @@ def collate(tokenizer, items: list[Item], device: str) -> dict[str, torch.Tensor
     return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
-def export(peft_model: PeftModel, directory: Path) -> None:
-    """Write the adapter as a PEFT directory with bfloat16 tensors: two files, nothing else."""
+def export(peft_model: PeftModel, directory: Path, kept: int | None = None) -> None:
+    """Write the adapter as a PEFT directory with bfloat16 tensors: two files, nothing else.
+
+    With `kept`, every module is cut to the best approximation of that rank, which is lower than its own.
+    """
     fresh = directory.with_name(directory.name + ".partial")
     shutil.rmtree(fresh, ignore_errors=True)
     peft_model.save_pretrained(fresh, save_embedding_layers=False)
     (fresh / "README.md").unlink(missing_ok=True)
     tensors = load_file(fresh / "adapter_model.safetensors")
+    config = json.loads((fresh / "adapter_config.json").read_text())
+    if kept is not None:
+        tensors = cut(LoraAdapter.load(fresh), kept)
+        config |= {"r": kept, "lora_alpha": kept, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     rounded = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in tensors.items()}
     save_file(rounded, fresh / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.loads((fresh / "adapter_config.json").read_text())
     config["target_modules"] = sorted(config["target_modules"])
     (fresh / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     shutil.rmtree(directory, ignore_errors=True)
     fresh.rename(directory)
+
+
+def cut(adapter: LoraAdapter, rank: int) -> dict[str, torch.Tensor]:
+    """The tensors of a PEFT file with the best approximation of every update at a lower rank, of scale 1."""
+    small = truncate({module: [factors] for module, factors in adapter.items()}, rank, dtype=torch.float32)
+    names = {module: f"base_model.model.{module}.lora_" for module in small}
+    return {f"{names[module]}{key}.weight": getattr(t, key) for module, t in small.items() for key in "AB"}
 
 
 def _step(peft_model, optimizer, weights, batch, rate: float) -> tuple[float, float]:

@@ -40,9 +40,7 @@ def info(json: Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
 
 
 def demo(
-    adapters: Annotated[
-        Path | None, typer.Option(help="PEFT adapters and prompts.json; those of the checkout.")
-    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="PEFT adapters and prompts.json; ten of the checkout.")] = None,
     rows: Annotated[int, typer.Option(min=2, help="Rows of the batch.")] = 16,
     repeats: Annotated[int, typer.Option(min=0, help="Timed runs of each engine; 0 times nothing.")] = 5,
     dtype: Annotated[list[str], typer.Option(help="What to time: float32, bfloat16; repeat for both.")] = DTYPES,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorakern.demo import report
 from lorakern.demo.engines import NEW_TOKENS, Engines
-from lorakern.demo.requests import Request, load_adapters, load_prompts, mixed_batch, shipped_adapters
+from lorakern.demo.requests import ASKED, Request, load_adapters, load_prompts, mixed_batch, shipped_adapters
 from lorakern.errors import LorakernError
 from lorakern.info import info
 
@@ -34,7 +34,7 @@ def run(
     """Answer a mixed batch, compare every row with PEFT running its adapter alone, and time base, PEFT and lorakern.
 
     Args:
-        folder: PEFT adapters of SmolLM2-135M-Instruct and their prompts.json; those of the checkout if None.
+        folder: PEFT adapters of SmolLM2-135M-Instruct and their prompts.json; if None, ten of those of the checkout.
         rows: the size of the batch; it is raised to one row an adapter and one without.
         repeats: timed runs of each engine and dtype, in turns.
         dtypes: what to time; the comparison is always float32.
@@ -57,8 +57,9 @@ def run(
         raise LorakernError(f"demo: dtype must be one of {', '.join(DTYPES)}; got {unknown[0]!r}")
     report.check_target("--json", json_file)
     report.check_target("--plot", plot_file)
+    names = ASKED if folder is None else None
     folder = shipped_adapters() if folder is None else Path(folder)
-    adapters = load_adapters(folder)
+    adapters = load_adapters(folder, names)
     requests = mixed_batch(load_prompts(folder, list(adapters)), max(rows, len(adapters) + 1))
 
     with _progress() as progress:

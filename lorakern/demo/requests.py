@@ -1,6 +1,7 @@
 """What the demo asks: the adapters of a directory, and one batch in which every row has its own."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,19 @@ from lorakern.adapters import LoraAdapter
 from lorakern.errors import LorakernError
 
 PROMPTS = "prompts.json"
+# Of the shipped adapters those that the demo asks: the other ones do the same for a request in other words.
+ASKED = (
+    "answer_json",
+    "person_json",
+    "clock",
+    "iso_date",
+    "email",
+    "reverse_words",
+    "initials",
+    "roman",
+    "pig_latin",
+    "sort_words",
+)
 
 
 class Request(NamedTuple):
@@ -35,16 +49,17 @@ def shipped_adapters() -> Path:
     return folder
 
 
-def load_adapters(folder: Path) -> dict[str, LoraAdapter]:
-    """Directory name to adapter, for every PEFT adapter right below `folder`.
+def load_adapters(folder: Path, names: Collection[str] | None = None) -> dict[str, LoraAdapter]:
+    """Directory name to adapter, for every PEFT adapter right below `folder`, or for those of `names`.
 
     Raises:
         LorakernError: there is none, or one of them cannot be read.
     """
-    names = sorted(config.parent.name for config in folder.glob("*/adapter_config.json"))
+    if names is None:
+        names = [config.parent.name for config in folder.glob("*/adapter_config.json")]
     if not names:
         raise LorakernError(f"demo: {folder} holds no adapter (no */adapter_config.json); pass another --adapters DIR")
-    return {name: LoraAdapter.load(folder / name) for name in names}
+    return {name: LoraAdapter.load(folder / name) for name in sorted(names)}
 
 
 def load_prompts(folder: Path, names: list[str]) -> dict[str, list[Request]]:

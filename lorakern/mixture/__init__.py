@@ -1,11 +1,24 @@
-"""Mixtures of adapters: `LoraRetriever` finds the adapters that a request needs."""
+"""Mixtures of adapters: `LoraRetriever` finds those that a request needs, `MixtureModel` answers with them."""
 
 from typing import Any
 
 from lorakern.mixture.contrastive import retrieval_accuracy, train_encoder
+from lorakern.mixture.engine import Generation
+from lorakern.mixture.model import MixtureModel, Ticket
 from lorakern.mixture.retriever import INSTRUCTION, LoraRetriever
+from lorakern.mixture.routers import Routers
 
-__all__ = ["INSTRUCTION", "LoraRetriever", "MiniLM", "retrieval_accuracy", "train_encoder"]
+__all__ = [
+    "INSTRUCTION",
+    "Generation",
+    "LoraRetriever",
+    "MiniLM",
+    "MixtureModel",
+    "Routers",
+    "Ticket",
+    "retrieval_accuracy",
+    "train_encoder",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,7 @@
 """What tests with engines share: the model, the prompts of the skills, and the answers of vLLM's own LoRA path."""
 
-import json
-
 import pytest
-from engines import ADAPTERS, SKILLS, TAKES_OVER, TOKENS, generate, model_folder
+from engines import ADAPTERS, SKILLS, TAKES_OVER, TOKENS, generate, model_folder, questions
 
 
 @pytest.fixture(scope="session")
@@ -15,8 +13,7 @@ def model():
 @pytest.fixture(scope="session")
 def prompts():
     """By skill, as the model reads them."""
-    asked = json.loads((SKILLS / "prompts.json").read_text())
-    return {skill: [item["prompt"] for item in items] for skill, items in asked.items()}
+    return {skill: [item["prompt"] for item in items] for skill, items in questions().items()}
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from lorakern.demo.requests import ASKED
 from lorakern.integrations import smollm2
 
 HERE = Path(__file__).parent
@@ -38,6 +39,12 @@ def run(folder, rounds, lorakern, environment=None, **engine):
     logged = log.read_text()
     assert status == 0, logged[-4000:]
     return json.loads(answers.read_text()), logged
+
+
+def questions():
+    """The prompts and answers of the ten skills that the demo asks, by skill."""
+    known = json.loads((SKILLS / "prompts.json").read_text())
+    return {skill: known[skill] for skill in ASKED}
 
 
 def tokens(round):

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from adapters import damaged, derive
-from engines import SKILLS, model_folder
+from engines import SKILLS, model_folder, questions
 from server import BASE, Request, Server, serving
 
 DERIVED = (
@@ -73,7 +73,7 @@ class Soak:
         self.server, self.random = server, random.Random(seed)
         self.failures, self.counts, self.resident = [], Counter(), []
         self._leases, self._progress = Leases(), threading.Condition()
-        asked = json.loads((SKILLS / "prompts.json").read_text())
+        asked = questions()
         origins = [(skill, {}) for skill in asked] + list(DERIVED)
         # the last ones first, so that a few adapters are of both kinds
         self.folders, self.alone = {}, {}

@@ -1,14 +1,13 @@
 """The OpenAI-compatible server with SmolLM2 and the shipped skills: every answer is that of the same request alone."""
 
 import contextlib
-import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from adapters import ACCEPTED, DAMAGE, change_config, damaged, derive
-from engines import SKILLS
+from engines import SKILLS, questions
 from server import BASE, Request, serving
 from soak import Soak
 
@@ -93,8 +92,7 @@ def test_log_says_that_lorakern_serves(server):
 
 def test_skills_of_the_start_and_of_run_time_answer_as_trained(server, prompts):
     assert server.names() == {BASE, *prompts}
-    asked = json.loads((SKILLS / "prompts.json").read_text())
-    for skill, (item, *_) in asked.items():
+    for skill, (item, *_) in questions().items():
         body = {"model": skill, "prompt": item["prompt"], "max_tokens": 32, "temperature": 0}
         text = server.post("/v1/completions", **body).raise_for_status().json()["choices"][0]["text"]
         assert text.strip() == item["answer"]
