@@ -75,6 +75,7 @@ class FakeEngine:
     """
 
     def __init__(self, seconds=0.0, max_tokens=2048):
+        self.failure = None
         self.mode, self.k, self.max_tokens, self.seconds = "mixture", 2, max_tokens, seconds
         self.retriever = LoraRetriever(Letters(), instruction="")
         self.adapters, self.tickets, self.cancelled = {}, [], 0
@@ -109,6 +110,8 @@ class FakeEngine:
             self.retriever.remove(name)
 
     def submit(self, prompt, *, max_new_tokens=64, stop=(), adapters=None, exclude=None, on_token=None, query=None):
+        if self.failure is not None:
+            raise LorakernError("the model was closed")
         words = [str(token) for token in prompt] if isinstance(prompt, list) else prompt.split()
         if not words:
             raise LorakernError("prompt is empty; give some text")

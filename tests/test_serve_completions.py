@@ -190,6 +190,13 @@ def test_engine_that_fails(server, client, caplog):
     assert server.ask("/v1/completions", model="base", prompt="a")[0] == 200
 
 
+def test_engine_that_stopped(tmp_path):
+    with serving(tmp_path) as server:
+        server.engine.failure = RuntimeError("out of memory")
+        for status, answer in (server.ask(**CHAT), server.call("GET", "/health")):
+            assert status == 503 and "restart" in answer["error"]["message"] and "memory" not in str(answer)
+
+
 def request_bytes(**fields):
     body = json.dumps(fields).encode()
     return b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body

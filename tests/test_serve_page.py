@@ -132,7 +132,7 @@ def test_upload_and_delete(browser, server, tmp_path):
 def test_the_key_is_asked_for(browser, tmp_path):
     with serving(tmp_path / "store", api_key="s3cret") as server:
         opened(browser, server)
-        assert text(browser, "#none") and find(browser, "#none").is_displayed()
+        wait_until(lambda: find(browser, "#none").is_displayed())
         wait_until(lambda: browser.execute_script("return locked"))
         put(browser, tmp_path, "poet", adapter_files())
         wait_until(lambda: find(browser, "#ask-key").get_property("open"))

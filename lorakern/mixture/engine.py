@@ -72,7 +72,7 @@ class Engine:
         self._running: list[Request] = []
         self._wake = threading.Condition()
         self._closed = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
         self.generated = self.prompted = self.requests = 0
         self.pool = AdapterPool(layers, self._notify)
         self._thread = threading.Thread(target=self._run, name="lorakern-engine", daemon=True)
@@ -90,7 +90,7 @@ class Engine:
         """All of them, in this order."""
         with self._wake:
             if self._closed:
-                raise LorakernError("the model was closed; make another MixtureModel") from self._failure
+                raise LorakernError("the model was closed; make another MixtureModel") from self.failure
             self._waiting.extend(requests)
             self._wake.notify()
 
@@ -126,14 +126,14 @@ class Engine:
                         break
                 self._decode()
         except BaseException as error:  # a failure of the model: every request is told, and later ones too
-            self._failure = error
+            self.failure = error
         with self._wake:
             self._closed = True
             left = [*self._running, *self._waiting]
             self._waiting.clear()
         for request in left:
-            if self._failure is not None:
-                self._fail(request, self._failure)
+            if self.failure is not None:
+                self._fail(request, self.failure)
             else:
                 self._finish(request, "cancelled")
 

@@ -114,6 +114,11 @@ class MixtureModel:
         """The adapters that new requests may get, in the order of upload."""
         return self._pool.names
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What the model failed with; it takes no more requests then."""
+        return self._engine.failure
+
     def check(self, name: str, adapter: Source) -> None:
         """Raise what `add` would raise for this adapter, and add nothing."""
         self._pool.check("check", name, adapter)
@@ -125,15 +130,17 @@ class MixtureModel:
         texts: Sequence[str] | None = None,
         *,
         embedding: torch.Tensor | None = None,
+        replace: bool = False,
     ) -> None:
         """Add an adapter; requests get it from now on.
 
         Args:
-            name: printable text that no other adapter has.
+            name: printable text that no other adapter has, unless it is to `replace` that one.
             adapter: a `LoraAdapter`, or the path of one, whose files are mapped and read when a request needs it.
             texts: sample texts of its task, by which it is retrieved. Without them and `embedding` it is there for
                 requests that name it.
             embedding: (d,), the mean of what the retriever's encoder makes of such texts.
+            replace: allow a name that is there; each request gets the old one or the new one, and finishes with it.
 
         Raises:
             LorakernError: a name that is taken, an adapter that does not fit the model, or samples of another form.
@@ -142,13 +149,15 @@ class MixtureModel:
             raise LorakernError("texts and embedding are both given; give one of them")
         if self.retriever is None and (texts is not None or embedding is not None):
             raise LorakernError("texts or an embedding need a retriever; give MixtureModel one, or leave them out")
-        self._pool.add("add", name, adapter)
+        if texts is not None:
+            embedding = self.retriever.embedding(texts)
+        self._pool.add("add", name, adapter, replace)
         # in the pool first: what is retrieved can be run
         try:
-            if texts is not None:
-                self.retriever.add(name, texts)
-            elif embedding is not None:
-                self.retriever.add_embedding(name, embedding)
+            if embedding is not None:
+                self.retriever.add_embedding(name, embedding, replace=replace)
+            elif self.retriever is not None and name in self.retriever:
+                self.retriever.remove(name)
         except BaseException:
             self._pool.remove("add", name)
             raise

@@ -74,11 +74,13 @@ class AdapterPool:
         self._layers.fit(op, name, adapter)
         return adapter
 
-    def add(self, op: str, name: str, source: Source) -> None:
+    def add(self, op: str, name: str, source: Source, replace: bool = False) -> None:
         adapter = self.check(op, name, source)
         with self._lock:
-            if name in self._entries:
-                raise LorakernError(f"{op}: adapter {show(name)} is there already; remove it first, or choose a name")
+            if old := self._entries.get(name):
+                if not replace:
+                    raise LorakernError(f"{op}: adapter {show(name)} is there already; remove it first, or replace it")
+                self._take_away(old)
             self._entries[name] = Entry(name, adapter)
 
     def remove(self, op: str, name: str) -> None:
@@ -86,9 +88,7 @@ class AdapterPool:
         with self._lock:
             if name not in self._entries:
                 raise LorakernError(f"{op}: no adapter {show(name)} is there; there are {show(self.names)}")
-            entry = self._entries.pop(name)
-            entry.removed = True
-            self._drop_if_unused(entry)
+            self._take_away(self._entries[name])
 
     def find(self, names: Sequence[str]) -> list[Entry]:
         """
@@ -133,6 +133,11 @@ class AdapterPool:
 
     def _open(self, source: Any) -> LoraAdapter:
         return LoraAdapter.load(source)
+
+    def _take_away(self, entry: Entry) -> None:
+        del self._entries[entry.name]
+        entry.removed = True
+        self._drop_if_unused(entry)
 
     def _vacate(self, entry: Entry) -> int:
         slot, entry.slot, entry.ready = entry.slot, None, False

@@ -14,7 +14,7 @@ import lorakern
 from lorakern.mixture import LoraRetriever
 from lorakern.serve import adapters, completions, errors, page
 from lorakern.serve.catalogue import Catalogue
-from lorakern.serve.desk import Desk
+from lorakern.serve.desk import Desk, check_engine
 from lorakern.serve.guards import LocalOnly
 from lorakern.serve.metrics import Counted, Metrics
 from lorakern.serve.settings import Settings
@@ -72,6 +72,7 @@ def _health(engine: Any, settings: Settings) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> JSONResponse:
+        check_engine(engine)
         about = {"mode": engine.mode, "k": engine.k, "needs_key": settings.api_key is not None}
         return JSONResponse({"status": "ok"} | about | engine.stats())
 

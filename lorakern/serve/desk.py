@@ -89,7 +89,7 @@ class Desk:
 
     async def submit(self, prompt: str | list[int], **options: Any) -> Answer:
         """Raises:
-        ApiError: 429.
+        ApiError: 429, or 503 if the engine has stopped.
         LorakernError: the engine does not take it.
         """
         if self._inside >= self._limit:
@@ -102,12 +102,19 @@ class Desk:
             ticket = await asyncio.to_thread(self._engine.submit, prompt, on_token=answer.on_token, **options)
         except BaseException:
             self._leave()
+            check_engine(self._engine)
             raise
         answer.taken(ticket, self._leave)
         return answer
 
     def _leave(self) -> None:
         self._inside -= 1
+
+
+def check_engine(engine: Any) -> None:
+    """Raises `ApiError` 503 if the engine has failed and takes no more requests."""
+    if engine.failure is not None:
+        raise ApiError(503, "the engine has stopped, its log says why; restart the server", "engine_stopped")
 
 
 async def _left(request: Request) -> None:

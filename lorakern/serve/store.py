@@ -85,7 +85,7 @@ class AdapterStore:
         shutil.rmtree(quarantine, ignore_errors=True)
 
     def publish(self, quarantine: Path, record: Record) -> None:
-        """Make a quarantined folder an adapter, on the disk when this returns; it takes the place of one of its name."""
+        """Make a quarantined folder an adapter, on the disk when this returns; one of its name makes place for it."""
         for file in quarantine.iterdir():
             _sync(file)
         _write(quarantine / RECORD, record.to_json())
