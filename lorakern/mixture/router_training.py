@@ -129,12 +129,12 @@ class _Run:
         for name, tensor in routers.parameters().items():
             self.learned.register_parameter(name.replace(".", ":"), torch.nn.Parameter(tensor.to(device)))
 
-    def routers(self) -> Routers:
-        """The parameters as they are, with their gradients' graph."""
+    def routers(self, *, detached: bool = True) -> Routers:
+        """The parameters as they are; for the loss not `detached`."""
         layers: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in self.learned.named_parameters():
             layer, _, kind = name.replace(":", ".").rpartition("/")
-            layers.setdefault(layer, {})[kind] = parameter if torch.is_grad_enabled() else parameter.detach()
+            layers.setdefault(layer, {})[kind] = parameter.detach() if detached else parameter
         return Routers(self.start.mode, layers, self.start.adapters)
 
     def train(self, batches, steps, lr, warmup, clip, progress, file, save_every) -> list[float]:
@@ -148,7 +148,7 @@ class _Run:
                 continue
             optimizer.param_groups[0]["lr"] = lr * _share_of_rate(done, steps, warmup)
             optimizer.zero_grad()
-            with self.layers.follow(self.routers()), self.layers.run(self._tokens(batch, done)):
+            with self.layers.follow(self.routers(detached=False)), self.layers.run(self._tokens(batch, done)):
                 loss = loss_of(self.model, batch)
             value = loss.item()
             if math.isfinite(value):
