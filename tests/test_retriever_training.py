@@ -124,7 +124,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     file = tmp_path / "train_encoder.safetensors"
     encoder, data = Letters(), file.read_bytes()
     encoder.table = torch.nn.Embedding(128, 9)
-    with pytest.raises(LorakernError, match="another encoder"):
+    with pytest.raises(LorakernError, match="another model"):
         train(encoder, state=tmp_path)
     for damaged in (b"", data[:-9], b"\x80\x04pickle" + data, data.replace(b"losses", b"lesses")):
         file.write_bytes(damaged)

@@ -232,6 +232,49 @@ def composites(
     console.print(f"{composites_page.write(out, results)} is written")
 
 
+@app.command()
+def ramole(
+    names: Names = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of what is trained on, of samples and of questions.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 100,
+    rate: Annotated[float, typer.Option(help="Learning rate of the router.")] = 5e-3,
+    out: Annotated[Path, typer.Option(help="Folder for ramole.json, .md and .png; a run goes on there.")] = HERE,
+    runs: Annotated[Path, typer.Option(help="Where what is trained lives; a killed run continues from there.")] = Path(
+        "runs/ramole"
+    ),
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Retrieve adapters for questions and compose them in every way; a run that was stopped goes on."""
+    from benchmarks.skills import ramole as work
+    from benchmarks.skills import ramole_page
+    from lorakern.integrations import smollm2
+
+    if threads:
+        torch.set_num_threads(threads)
+    chosen = _chosen(names)
+    if len(chosen) < 5:
+        raise typer.BadParameter("it takes five skills or more, two of them to train on")
+    pools = tuple(size for size in (4, 8, 12) if size < len(chosen))
+    wanted = work.Settings(tuple(chosen), count, seeds, pools, 60, 100, steps, 60, 8, rate)
+    out.mkdir(parents=True, exist_ok=True)
+    results = work.Results(out / "ramole.json", wanted)
+    router_model, tokenizer = smollm2.load()
+    model, _ = smollm2.load(torch.bfloat16)
+    with _progress() as progress:
+        bar = progress.add_task("seeds", total=seeds, note="")
+        work.run(
+            results,
+            ADAPTERS,
+            runs,
+            model,
+            router_model,
+            tokenizer,
+            lambda note: progress.update(bar, completed=len(results.runs), note=note),
+        )
+    console.print(f"{ramole_page.write(out, results)} is written")
+
+
 @app.command("list")
 def list_skills() -> None:
     """Show every skill, its adapter's shape and one held-out item."""

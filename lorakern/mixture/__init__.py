@@ -6,6 +6,7 @@ from lorakern.mixture.contrastive import retrieval_accuracy, train_encoder
 from lorakern.mixture.engine import Generation
 from lorakern.mixture.model import MixtureModel, Ticket
 from lorakern.mixture.retriever import INSTRUCTION, LoraRetriever
+from lorakern.mixture.router_training import train_router
 from lorakern.mixture.routers import Routers
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Ticket",
     "retrieval_accuracy",
     "train_encoder",
+    "train_router",
 ]
 
 

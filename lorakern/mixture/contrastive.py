@@ -11,8 +11,8 @@ import torch
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.mixture._checks import check_name, check_texts, prefixed
-from lorakern.mixture.encoder_state import EncoderState, digest
 from lorakern.mixture.retriever import INSTRUCTION, LoraRetriever
+from lorakern.mixture.training_state import TrainingState, digest
 
 Progress = Callable[[int, int, float], None]
 
@@ -92,7 +92,7 @@ def train_encoder(
     optimizer = torch.optim.AdamW(trained.values(), lr=lr, weight_decay=0.0)
     arguments = {"batch_size": batch_size, "temperature": temperature, "lr": lr, "warmup": warmup}
     arguments |= {"instruction": instruction, "seed": seed, "tasks": digest(samples)}
-    file = None if state is None else EncoderState(state, arguments)
+    file = None if state is None else TrainingState(state, "train_encoder", arguments)
     losses = [] if file is None else file.load(encoder, trained, optimizer)
     if len(losses) > steps:
         raise LorakernError(f"state {state} has {len(losses)} steps already, steps is {steps}; ask for as many or more")

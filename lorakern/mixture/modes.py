@@ -192,14 +192,16 @@ class Ramole(Mode):
         one = slice(slot, slot + 1)
         cores[one] = router_cores(B[one], router["B"], scale=bank.scale[one], ranks=bank.ranks[one])
 
+    def follow(self, bank, router):
+        return {"cores": router_cores(bank.B[0], router["B"], scale=bank.scale, ranks=bank.ranks)}
+
     def add(self, y, x, layer, tokens):
         (A, B, scale, ranks, _), indices, plan = layer.bank, tokens.indices, tokens.plan
         router_A = layer.router["A"].to(x.dtype)
         options = {"scale": scale, "ranks": ranks, "plan": plan}
-        if torch.is_grad_enabled():
-            cores = router_cores(B, [layer.router["B"]], scale=scale, ranks=ranks)
-            return y + routed_delta(x, A, B, [router_A], cores, indices, **options)
         cores = [layer.tables["cores"]]
+        if torch.is_grad_enabled():
+            return y + routed_delta(x, A, B, [router_A], cores, indices, **options)
         if tokens.watch is None:
             return routed_bgmv(y, x, A, B, [router_A], cores, indices, **options)
         h = shrink(x, A, indices, ranks=ranks, plan=plan)

@@ -1,4 +1,4 @@
-"""A contrastive training on disk: encoder, optimizer and losses in one file, replaced as a whole."""
+"""A training on disk: the module that learns, its optimizer and losses in one file, replaced as a whole."""
 
 import hashlib
 import json
@@ -14,8 +14,6 @@ from lorakern.adapters.json_file import show
 from lorakern.adapters.state_file import begin_anew, read_fields, write_state
 from lorakern.errors import LorakernError
 
-FILE = "train_encoder.safetensors"
-_KEY = "lorakern.train_encoder"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -24,37 +22,38 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-class EncoderState:
-    """The last step that was written; `arguments` are those of the call, and those that the file must have."""
+class TrainingState:
+    """The last step that was written; `arguments` are those of the call `kind`, and those that the file must have."""
 
-    def __init__(self, folder: str | os.PathLike[str], arguments: Mapping[str, Any]) -> None:
-        self._file = Path(folder) / FILE
+    def __init__(self, folder: str | os.PathLike[str], kind: str, arguments: Mapping[str, Any]) -> None:
+        self._file = Path(folder) / f"{kind}.safetensors"
+        self._key = f"lorakern.{kind}"
         self._arguments = dict(arguments)
 
     def load(
-        self, encoder: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+        self, module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> list[float]:
-        """Put encoder and optimizer where they were, and return the losses; nothing is changed if there is no file.
+        """Put module and optimizer where they were, and return the losses; nothing is changed if there is no file.
 
         Raises:
-            LorakernError: the file is damaged, of other arguments, or of another encoder.
+            LorakernError: the file is damaged, of other arguments, or of another model.
         """
         if not self._file.exists():
             return []
         hint = begin_anew(self._file)
         try:
             with safe_open(self._file, framework="pt") as tensors:
-                text = (tensors.metadata() or {}).get(_KEY)
+                text = (tensors.metadata() or {}).get(self._key)
                 shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
                 losses = self._losses(text)
-                expected = {name: tuple(tensor.shape) for name, tensor in self._tensors(encoder, trained).items()}
+                expected = {name: tuple(tensor.shape) for name, tensor in self._tensors(module, trained).items()}
                 if shapes != expected:
                     other = sorted(set(shapes.items()) ^ set(expected.items()))[0][0]
-                    raise LorakernError(f"state: {self._file} is of another encoder ({show(other)} differs); {hint}")
+                    raise LorakernError(f"state: {self._file} is of another model ({show(other)} differs); {hint}")
                 read = {name: tensors.get_tensor(name) for name in expected}
         except (SafetensorError, OSError) as error:
             raise LorakernError(f"state: {self._file} cannot be read ({error}); {hint}") from None
-        encoder.load_state_dict({name: read[f"encoder.{name}"] for name in encoder.state_dict()})
+        module.load_state_dict({name: read[f"module.{name}"] for name in module.state_dict()})
         for name, weight in trained.items():
             moments = {moment: read[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS}
             optimizer.state[weight] = {"step": torch.tensor(float(len(losses))), **moments}
@@ -62,12 +61,12 @@ class EncoderState:
 
     def save(
         self,
-        encoder: torch.nn.Module,
+        module: torch.nn.Module,
         trained: Mapping[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         losses: list[float],
     ) -> None:
-        tensors = self._tensors(encoder, trained)
+        tensors = self._tensors(module, trained)
         for name, weight in trained.items():
             for moment in _MOMENTS:
                 # a parameter that no loss depended on has no moments: they are zero
@@ -75,7 +74,7 @@ class EncoderState:
                     tensors[f"{moment}.{name}"] = optimizer.state[weight][moment]
         fields = {"arguments": self._arguments, "losses": losses}
         copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        write_state(self._file, copies, _KEY, fields)
+        write_state(self._file, copies, self._key, fields)
 
     def _losses(self, text: str | None) -> list[float]:
         losses = read_fields(text, self._file, ("losses",), self._arguments)["losses"]
@@ -86,7 +85,7 @@ class EncoderState:
         return losses
 
     @staticmethod
-    def _tensors(encoder: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    def _tensors(module: torch.nn.Module, trained: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
         """All that a file holds, with moments of zero."""
-        weights = {f"encoder.{name}": weight for name, weight in encoder.state_dict().items()}
+        weights = {f"module.{name}": weight for name, weight in module.state_dict().items()}
         return weights | {f"{moment}.{name}": torch.zeros_like(w) for moment in _MOMENTS for name, w in trained.items()}

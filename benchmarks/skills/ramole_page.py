@@ -1,0 +1,111 @@
+"""The page and the plot of retrieval and composition on the skills."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from benchmarks.skills.ramole import BASE, ENCODERS, INSIDE, KS, MODES, ORACLE, OUTSIDE, K, Results
+from benchmarks.skills.results import chain, spread, table, told, write_page
+
+HOW = """\
+Exact match of greedy answers of SmolLM2-135M-Instruct in bfloat16 to held-out questions of {skills} skills, a pool of
+as many adapters, by `MixtureModel`: nothing but the words of a question says which adapter it needs. The k = {k}
+adapters most like it are retrieved by MiniLM (each the mean embedding of {samples} sample questions) and composed.
+{count} questions a skill and seed. A seed also draws the {trained} skills (40 %) on which the encoder is fine-tuned
+({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions, rank
+{router_rank}, dropout of adapters 0.5); the others are unseen by both. In-distribution the pool has every skill's own adapter;
+out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in other words. The
+oracle is always given a question's own adapter. Means with the standard deviation over {seeds} seeds."""
+EXPECTED = (ORACLE, "ramole", "mixture", "selection", "fusion")
+COLORS = {"selection": "#9aa0a6", "fusion": "#c98a2b", "mixture": "#3f9b76", "ramole": "#2f6db5", "arrow": "#8a5fb0"}
+
+
+def write(folder: Path, results: Results) -> Path:
+    """Write `ramole.md` and `ramole.png` into a folder; `ramole_notes.md` there ends the page."""
+    return write_page(folder, "ramole", results, page, plot(results))
+
+
+def page(results: Results, notes: str = "") -> str:
+    wanted, runs = results.settings, results.runs
+    values = vars(wanted) | {
+        "skills": len(wanted.skills),
+        "k": K,
+        "samples": results.said["samples"],
+        "seeds": len(runs),
+    }
+    out = ["# Retrieve and mix", "", HOW.format(**values, trained=len(runs[0]["trained"])), ""]
+    if results.missing():
+        out += [f"**Unfinished: {len(runs)} of {wanted.seeds} seeds are measured; the numbers are of those.**", ""]
+    rows = []
+    for way in (ORACLE, *MODES, BASE):
+        cells = [
+            told(_mean(results, way, where, group)) for where in (INSIDE, OUTSIDE) for group in (None, True, False)
+        ]
+        rows.append([way, *cells])
+    head = [
+        f"{where}{group}"
+        for where in ("in-distribution", "out-of-distribution")
+        for group in ("", ", trained", ", unseen")
+    ]
+    out += [*table(["way", *head], rows), ""]
+    for where in (INSIDE, OUTSIDE):
+        means = {way: mean[0] for way in reversed(EXPECTED) if (mean := _mean(results, way, where, None))}
+        out.append(f"- {where}, in the order expected: {chain(means)}")
+    out += ["", "The weight that a question's own adapter has, among those retrieved, in-distribution:", ""]
+    out += [*table(list(MODES), [[told(spread([run["own"][mode] for run in runs])) for mode in MODES]]), ""]
+    out += ["## Retrieval", "", "How often a question's own adapter is the first, or among the first three.", ""]
+    rows = [
+        [state, group, *(told(spread([run["retrieval"][state][group][str(k)] for run in runs])) for k in KS)]
+        for state in ENCODERS
+        for group in ("trained", "unseen")
+    ]
+    out += [*table(["encoder", "questions of skills", "top-1", "top-3"], rows), ""]
+    out += ["## As the pool grows", "", "Own adapters in the pool; the questions are those of its skills.", ""]
+    rows = [
+        [size, *(told(spread([run["pools"][size][mode] for run in runs])) for mode in MODES)]
+        for size in runs[0]["pools"]
+    ]
+    out += [*table(["adapters", *MODES], rows), "", "![exact match and pool size](ramole.png)", ""]
+    return "\n".join(out) + (f"\n{notes}" if notes else "")
+
+
+def plot(results: Results):
+    """Bars of every way, and curves over the size of the pool."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained", dpi=150)
+    bars, curves = figure.subplots(1, 2)
+    ways = (ORACLE, *MODES)
+    for shift, (where, alpha) in enumerate(((INSIDE, 1.0), (OUTSIDE, 0.45))):
+        for i, way in enumerate(ways):
+            if mean := _mean(results, way, where, None):
+                bars.bar(
+                    i + 0.38 * shift - 0.19, 100 * mean[0], 0.36, yerr=100 * (mean[1] or 0), capsize=2, alpha=alpha,
+                    color=COLORS.get(way, "#333333"),
+                )  # fmt: skip
+    bars.set_xticks(range(len(ways)), ways, rotation=20)
+    bars.set_ylabel("exact match, %")
+    bars.set_title("solid: in-distribution, pale: own adapter removed", fontsize=9)
+    sizes = list(results.runs[0]["pools"])
+    for mode in MODES:
+        means = [100 * statistics.mean(run["pools"][size][mode] for run in results.runs) for size in sizes]
+        curves.plot([int(size) for size in sizes], means, marker="o", color=COLORS[mode], label=mode)
+    curves.set_xlabel("adapters in the pool")
+    curves.set_ylim(0)
+    curves.legend(frameon=False, fontsize=8)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mean(results: Results, way: str, where: str, trained: bool | None):
+    """Over the skills, and spread over the seeds; `trained` picks those trained on, or those not."""
+    values = []
+    for run in results.runs:
+        if where not in run["exact"][way]:
+            return None
+        scores = run["exact"][way][where]
+        chosen = [s for name, s in scores.items() if trained is None or (name in run["trained"]) == trained]
+        values.append(statistics.mean(chosen))
+    return spread(values)
