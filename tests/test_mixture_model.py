@@ -124,6 +124,32 @@ def test_adapters_come_and_go_while_requests_run():
         assert model.names == list(TEXTS)
 
 
+def test_an_adapter_that_is_replaced_is_there_at_every_moment():
+    made = adapters(tiny())
+    with mixture(k=2) as model:
+        old, new = (model.generate(["abc"], adapters=[name], max_new_tokens=6)[0].text for name in ("a0", "a3"))
+        assert old != new
+        with pytest.raises(LorakernError, match="'a0' is there already"):
+            model.add("a0", made["a3"])
+        stop = threading.Event()
+
+        def churn():
+            while not stop.is_set():
+                model.add("a0", made["a3"], TEXTS["a0"], replace=True)
+                model.add("a0", made["a0"], replace=True)
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        try:
+            texts = {model.submit("abc", adapters="a0", max_new_tokens=6).result(60).text for _ in range(60)}
+        finally:
+            stop.set()
+            thread.join()
+        assert texts <= {old, new}
+        # the last one came without texts
+        assert "a0" not in model.retriever and set(model.names) == set(TEXTS)
+
+
 def test_a_removed_adapter_stays_with_those_who_have_it_and_no_one_else():
     with mixture(k=1) as model:
         expected = model.generate(["abc"], adapters=["a0"], max_new_tokens=60)
