@@ -89,7 +89,14 @@ def test_wheel_contents(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"lorakern"}
     assert any(name.startswith("lorakern/_cpu.") for name in names)
     modules = ("triton_kernels/__init__.py", "ops/bgmv.py", "demo/__init__.py", "integrations/transformers.py")
-    modules += ("merge/ties.py", "merge/iteris/solver.py", "cli/app.py", "commands/merge.py")
+    modules += (
+        "merge/ties.py",
+        "merge/iteris/solver.py",
+        "cli/app.py",
+        "commands/merge.py",
+        "serve/app.py",
+        "serve/page.html",
+    )
     for module in (*modules, "compat/punica/ops.py", "compat/vllm/triton_ops.py"):
         assert f"lorakern/{module}" in names
 

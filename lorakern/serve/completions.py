@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lorakern.adapters.json_file import show
+from lorakern.errors import LorakernError
 from lorakern.serve.asked import Asked, Chat, Completion, read
 from lorakern.serve.desk import Answer, Desk
 from lorakern.serve.errors import ApiError
@@ -62,19 +63,25 @@ def router(desk: Desk, engine: Any, template: Template) -> APIRouter:
     """The routes under /v1."""
     routes, started = APIRouter(prefix="/v1"), int(time.time())
 
+    async def submit(asked: Asked, prompt: str | list[int], options: dict[str, Any]) -> Answer:
+        try:
+            return await desk.submit(prompt, **options)
+        except LorakernError:
+            # it is told as OpenAI does if the reason is that there is no such adapter, or no longer
+            _check_model(engine, asked.model)
+            raise
+
     @routes.post("/completions")
     async def completions(request: Request) -> Response:
         asked = await read(request, Completion)
-        _check_model(engine, asked.model)
-        answer = await desk.submit(asked.text(), **asked.options(COMPLETION_TOKENS))
+        answer = await submit(asked, asked.text(), asked.options(COMPLETION_TOKENS))
         return await _respond(request, asked, answer, TextShape())
 
     @routes.post("/chat/completions")
     async def chat(request: Request) -> Response:
         asked = await read(request, Chat)
-        _check_model(engine, asked.model)
-        prompt, query = template([message.plain() for message in asked.messages]), asked.query()
-        answer = await desk.submit(prompt, query=query, **asked.options(CHAT_TOKENS))
+        options = asked.options(CHAT_TOKENS) | {"query": asked.query()}
+        answer = await submit(asked, template([message.plain() for message in asked.messages]), options)
         return await _respond(request, asked, answer, ChatShape())
 
     def model(name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The process of `lorakern serve`: checks first, then the model, then the port."""
 
+import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -22,7 +23,9 @@ def serve(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> N
     ready(f"http://{name}:{taken.getsockname()[1]}")
     # the engine has threads of its own: one event loop is enough for what is left
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-    uvicorn.Server(config).run(sockets=[taken])
+    # Ctrl-C has ended the server in good order by then
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[taken])
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -37,6 +40,8 @@ def bind(host: str, port: int) -> socket.socket:
 def log_to_stderr() -> None:
     """What the server has to say, one line each."""
     logging.basicConfig(format="lorakern: %(message)s")
+    # a malformed upload is its client's matter, who is told
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
 
 
 def check_folder(folder: Path) -> None:
