@@ -197,6 +197,17 @@ def test_engine_that_stopped(tmp_path):
             assert status == 503 and "restart" in answer["error"]["message"] and "memory" not in str(answer)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_the_end_of_the_server_cuts_short(tmp_path, stream):
+    with serving(tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        fields = {"model": "base", "prompt": "slow", "max_tokens": 2000, "stream": stream}
+        asked = pool.submit(server.ask, "/v1/completions", **fields)
+        wait_until(lambda: server.engine.stats()["running"])
+        server.engine.close()
+        status, answer = asked.result()
+        assert status == (200 if stream else 503) and "stopping" in str(answer) and "[DONE]" not in answer
+
+
 def request_bytes(**fields):
     body = json.dumps(fields).encode()
     return b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body

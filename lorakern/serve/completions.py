@@ -110,7 +110,7 @@ async def _respond(request: Request, asked: Asked, answer: Answer, shape: Shape)
     if asked.stream:
         return EventStream(_events(head, asked, answer, shape), answer)
     made = await answer.result_for(request)
-    choice = {"index": 0, "finish_reason": _finish(made), **shape.choice(made.text)}
+    choice = {"index": 0, "finish_reason": made.finish_reason, **shape.choice(made.text)}
     body = {"object": shape.whole, "choices": [choice], "usage": _usage(made), **_weights(made)}
     return JSONResponse(head | body)
 
@@ -129,13 +129,15 @@ async def _events(head: dict[str, Any], asked: Asked, answer: Answer, shape: Sha
             yield event(shape.delta(text, first))
             first = False
         made = answer.made()
+    except ApiError as error:
+        yield _event(error.body())
+        return
     except Exception:
         log.exception("a request failed in the engine")
-        yield _event(
-            ApiError(500, "the engine failed at this request; the server's log says why", "internal_error").body()
-        )
+        message = "the engine failed at this request; the server's log says why"
+        yield _event(ApiError(500, message, "internal_error").body())
         return
-    yield event(shape.delta(None, first), _finish(made), **_weights(made))
+    yield event(shape.delta(None, first), made.finish_reason, **_weights(made))
     if asked.wants_usage:
         yield _event(head | {"object": shape.part, "choices": [], "usage": _usage(made)})
     yield "data: [DONE]\n\n"
@@ -159,11 +161,6 @@ class EventStream(StreamingResponse):
 
 def _event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
-
-
-def _finish(made: Any) -> str:
-    # the server itself is ending
-    return "length" if made.finish_reason == "cancelled" else made.finish_reason
 
 
 def _usage(made: Any) -> dict[str, int]:

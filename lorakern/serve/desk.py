@@ -44,8 +44,15 @@ class Answer:
         return self.made()
 
     def made(self) -> Any:
-        """The `Generation` of an answer whose pieces have ended; raises what the engine failed with."""
-        return self._ticket.result(0)
+        """The `Generation` of an answer whose pieces have ended.
+
+        Raises:
+            ApiError: 503, the engine was closed before its end. And what the engine failed with.
+        """
+        made = self._ticket.result(0)
+        if made.finish_reason == "cancelled":
+            raise ApiError(503, "the server is stopping and the answer is not whole; ask again", "stopping")
+        return made
 
     async def result_for(self, request: Request) -> Any:
         """The `Generation`; the request is cancelled if its client leaves.
@@ -88,9 +95,11 @@ class Desk:
         self._inside = 0
 
     async def submit(self, prompt: str | list[int], **options: Any) -> Answer:
-        """Raises:
-        ApiError: 429, or 503 if the engine has stopped.
-        LorakernError: the engine does not take it.
+        """Hand in a request; the options are those of the engine's `submit`.
+
+        Raises:
+            ApiError: 429, or 503 if the engine has stopped.
+            LorakernError: the engine does not take it.
         """
         if self._inside >= self._limit:
             message = f"{self._limit} requests run or wait, as many as this server takes; try again in a second"

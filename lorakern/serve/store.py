@@ -112,8 +112,8 @@ class AdapterStore:
         """Take an adapter out, on the disk when this returns."""
         with self._lock:
             folder, _ = self._entry(name)
-            del self._found[name]
             _take_out(folder)
+            del self._found[name]
 
     def close(self) -> None:
         """Let another server have the folder."""
@@ -153,7 +153,7 @@ class AdapterStore:
 
 def _take_out(folder: Path) -> None:
     """Without a record it is no adapter, whatever comes of the rest."""
-    (folder / RECORD).unlink()
+    (folder / RECORD).unlink(missing_ok=True)
     _sync(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
