@@ -1,4 +1,4 @@
-"""`lorakern soups`, `iteris` and `lorahub`: what they write, say and refuse, on a small model in a directory."""
+"""`lorakern soups`, `iteris`, `lorahub`, `router`: what they write, say and refuse, on a small model in a directory."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from cli_adapters import lorakern, result
 import lorakern as lk
 from lorakern.commands.iteris import read_size
 from lorakern.merge import iteris, lorahub, soups
+from lorakern.mixture import Routers, train_router
 
 tiny_models = pytest.importorskip("tiny_models")
 transformers = pytest.importorskip("transformers")
@@ -228,6 +229,19 @@ def test_a_killed_iteris_goes_on_from_its_last_sweep(capsys):
     assert_same("OUT", lk.LoraAdapter.load("WHOLE"))
 
 
+def test_router_writes_what_train_router_gives(capsys):
+    line = "router M A B --data few.jsonl -o r.safetensors --steps 4 --batch-size 2 --rank 3 --warmup 1 --json"
+    got = result(capsys, *line.split(), "--plot", "loss.png")
+    model, adapters, words = loaded()
+    named = dict(zip("AB", adapters, strict=True))
+    options = {"steps": 4, "batch_size": 2, "rank": 3, "warmup": 1, "cutoff": 256}
+    routers, losses = train_router(model, named, "few.jsonl", tokenizer=words, **options)
+    written = Routers.load("r.safetensors")
+    assert got["losses"] == losses and got["adapters"] == ["A", "B"]
+    assert all(torch.equal(tensor, written.parameters()[name]) for name, tensor in routers.parameters().items())
+    assert Path("loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 # what they refuse
 
 REFUSED = {
@@ -254,6 +268,11 @@ REFUSED = {
     "iteris M A B --data few.jsonl more.jsonl -o OUT --rank 4 --max-memory lots": "--max-memory must be bytes",
     "iteris M A B --data few.jsonl more.jsonl -o OUT --rank 4 --regmean --iterations 2": "--iterations does not go",
     "iteris M A B --data few.jsonl more.jsonl -o OUT --rank 4 --coefficients 1": "coefficients must be 2 numbers",
+    "router M A B --data few.jsonl -o A": "--output must be a file",
+    "router M A B --data none.jsonl -o OUT": "--data none.jsonl is no file",
+    "router M A A --data few.jsonl -o OUT": "two have one name",
+    "router M A B --data few.jsonl -o OUT --mode mixture": "learns nothing",
+    "router M A B --data few.jsonl -o OUT --dropout 1": "dropout must be",
 }
 
 

@@ -28,6 +28,6 @@ def start(
 
 
 on_files = (files.merge, files.resize, files.check, files.inspect, files.lego_map)
-with_data = (learned.soups, learned.iteris, learned.lorahub)
+with_data = (learned.soups, learned.iteris, learned.lorahub, learned.router)
 for function in (*on_files, *with_data, serving.serve, machine.info, machine.demo, machine.bench):
     app.command()(function)

@@ -1,4 +1,4 @@
-"""Commands that merge adapters with data, on their model: soups, iteris and lorahub."""
+"""Commands that learn from data on the model: soups, iteris, lorahub and router."""
 
 from __future__ import annotations
 
@@ -160,6 +160,57 @@ def iteris(
     options |= {"state": None if state is None else str(state)}
     run = _run(context, model, adapters, data, output, model_dtype, dtype, base_model, device, force, json, quiet)
     work.run(run, options, regmean=regmean, rank=read_rank(rank), fold=fold, plot=plot)
+
+
+def router(
+    model: Model,
+    adapters: Adapters,
+    data: Few,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .safetensors file to write.")],
+    mode: Annotated[str, typer.Option(help="ramole, or mole, lora_flow, meteora or milora.")] = "ramole",
+    rank: Annotated[int, typer.Option(help="Of the router, for ramole.")] = 8,
+    steps: Annotated[int, typer.Option(help="In all; the data are gone over as often as needed.")] = 100,
+    batch_size: Batch = 8,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-3,
+    warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
+    dropout: Annotated[float, typer.Option(help="The probability that an adapter is left out of a row.")] = 0.5,
+    cutoff: Annotated[int, typer.Option(help="The most tokens of an example.")] = 256,
+    seed: Seed = 0,
+    state: Annotated[Path | None, typer.Option(help="Keeps what is learned; a killed run goes on there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the loss of every step as a PNG.")] = None,
+    model_dtype: ModelDtype = "float32",
+    device: Device = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file OUT.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the router of a mixture (RAMoLE) on the tasks of its adapters, for `lorakern.mixture.MixtureModel`.
+
+    \b
+    lorakern router MODEL A B C --data mixed.jsonl -o router.safetensors
+
+    \b
+    The base model and the adapters are frozen. Adapters that come later need no
+    training with mode ramole; the other modes are for the adapters given.
+    """
+    from lorakern.commands import router as work
+    from lorakern.commands.console import Console
+    from lorakern.commands.sources import read_device, read_dtype
+
+    options = {"mode": mode, "rank": rank, "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+    options |= {"dropout": dropout, "cutoff": cutoff, "seed": seed, "state": None if state is None else str(state)}
+    work.run(
+        model,
+        adapters,
+        data,
+        output,
+        options,
+        Console(json=json, quiet=quiet),
+        model_dtype=read_dtype(model_dtype, "--model-dtype"),
+        device=read_device(device),
+        force=force,
+        plot=plot,
+    )
 
 
 def _run(context, model, adapters, data, output, model_dtype, dtype, base_model, device, force, json, quiet):

@@ -34,7 +34,7 @@ def train_router(
     rank: int = 8,
     steps: int = 100,
     batch_size: int = 8,
-    lr: float = 2e-3,
+    lr: float = 5e-3,
     warmup: int = 10,
     clip: float = 1.0,
     dropout: float = 0.5,
