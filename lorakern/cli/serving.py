@@ -18,13 +18,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Beyond this machine only with a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     mode: Annotated[
-        str,
-        typer.Option(
-            help="How adapters are composed: selection, fusion, mixture, arrow; or ramole and the like with --router."
-        ),
-    ] = "mixture",
+        str | None, typer.Option(help="How adapters are composed: selection, fusion, mixture or arrow; else mixture.")
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Adapters a request.")] = 3,
-    router: Annotated[Path | None, typer.Option(help="What --mode has learned: a file of Routers.save.")] = None,
+    router: Annotated[Path | None, typer.Option(help="What `lorakern router` learned; it says the mode.")] = None,
     dtype: ModelDtype = "float32",
     api_key: Annotated[
         str | None,
