@@ -139,7 +139,7 @@ def accuracies(encoder, samples: Mapping[str, Sequence[str]], questions: Mapping
 
 
 def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder, model, tokenizer, report) -> dict:
-    """Exact match of every mode by skill, in the whole pool and in smaller ones; the weight of a skill's own adapter."""
+    """Exact match of every mode by skill, in the whole pool and in smaller ones; weights of own adapters."""
     exact: dict[str, dict[str, dict[str, float]]] = {}
     pools: dict[str, dict[str, float]] = {}
     own: dict[str, float] = {}
