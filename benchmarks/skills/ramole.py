@@ -119,6 +119,7 @@ def measured(wanted: Settings, seed: int, folder: Path, runs: Path, model, route
         lr=wanted.router_rate,
         seed=seed,
         state=runs / f"router-{seed}",
+        save_every=20,
         progress=lambda done, total, loss: report(f"seed {seed}: router {done}/{total} {loss:.3f}"),
     )
     record = {"seed": seed, "trained": trained, "retrieval": retrieval, "losses": losses}
