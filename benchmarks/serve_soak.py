@@ -195,8 +195,9 @@ class Soak:
         asks = list(self.alone)
         work = [(self._rng.choice(asks), self._rng.random()) for _ in range(requests)]
         done = threading.Event()
-        with ThreadPoolExecutor(clients) as pool, ThreadPoolExecutor(2) as beside:
-            others = [beside.submit(self._come_and_go, done), beside.submit(self._measure, requests, done)]
+        with ThreadPoolExecutor(clients) as pool, ThreadPoolExecutor(PASSING + 1) as beside:
+            others = [beside.submit(self._come_and_go, done, name) for name in self.passing]
+            others.append(beside.submit(self._measure, requests, done))
             try:
                 list(pool.map(lambda item: self._serve(*item), work))
             finally:
@@ -253,16 +254,13 @@ class Soak:
             self._fail(f"{ask}: {error!r}")
         self._count("served")
 
-    def _come_and_go(self, done: threading.Event) -> None:
-        """Upload one, ask it, replace it, delete it while a request has it, and ask for it in vain."""
+    def _come_and_go(self, done: threading.Event, name: str) -> None:
+        """Upload it, ask it, replace it, delete it while a request has it, and ask for it in vain; again and again."""
         while not done.is_set():
-            for name, (skill, other) in self.passing.items():
-                if done.is_set():
-                    return
-                try:
-                    self._pass_by(name, skill, other)
-                except Exception as error:
-                    self._fail(f"{name}: {error!r}")
+            try:
+                self._pass_by(name, *self.passing[name])
+            except Exception as error:
+                self._fail(f"{name}: {error!r}")
 
     def _pass_by(self, name: str, skill: str, other: str) -> None:
         known = {ask.model: ask for ask in self.alone if ask.model in (skill, other) and len(ask.messages) == 1}

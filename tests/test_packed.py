@@ -1,87 +1,89 @@
-"""Packed sequences against the model's own forward, and the same bits alone and in company."""
+"""B with every slot packed at its true rank gives the bits of the padded B, and is refused where it cannot be read."""
 
 import pytest
 import torch
-from mixture_models import tiny
 
-from lorakern.errors import LorakernError
-from lorakern.integrations.packed import PackedModel, Piece
+import lorakern as lk
+from lorakern.ops._checks import check_packed
 
-PROMPTS = [[3, 4, 5], [7] * 20, list(range(1, 9)), [2]]
-
-
-def run(model, chosen, new=6, **options):
-    """Greedy logits of prompts by their numbers, all at once, each in a row of its own."""
-    packed = PackedModel(model, **{"max_rows": 4, "block": 16, **options})
-    rows = {number: (number * 3 + 1) % 4 for number in chosen}
-    logits, tokens = {number: [] for number in chosen}, {number: [] for number in chosen}
-    pieces = [
-        (number, Piece(rows[number], start, PROMPTS[number][start : start + packed.block]))
-        for number in chosen
-        for start in range(0, len(PROMPTS[number]), packed.block)
-    ]
-    while pieces:
-        block = []
-        while pieces and sum(len(p.tokens) for _, p in block) + len(pieces[0][1].tokens) <= packed.block:
-            block.append(pieces.pop(0))
-        for (number, piece), row in zip(block, packed.prefill([p for _, p in block]), strict=True):
-            if piece.end == len(PROMPTS[number]):
-                logits[number].append(row)
-                tokens[number].append(int(row.argmax()))
-    for _ in range(new - 1):
-        step = [Piece(rows[n], len(PROMPTS[n]) + len(tokens[n]) - 1, tokens[n][-1:]) for n in chosen]
-        for number, row in zip(chosen, packed.decode(step), strict=True):
-            logits[number].append(row)
-            tokens[number].append(int(row.argmax()))
-    return logits, tokens
+SLOTS, R_MAX, D_IN = 5, 24, 70
+RANKS = torch.tensor([24, 5, 0, 16, 1])
+SIZES = [(1, 33), (5, 64), (63, 100), (300, 1)]
+by_size = pytest.mark.parametrize("tokens, d_out", SIZES)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 
 
-def test_it_is_the_model():
-    model = tiny()
-    logits, tokens = run(model, [0, 1, 2, 3])
-    for number, prompt in enumerate(PROMPTS):
-        with torch.no_grad():
-            whole = model(torch.tensor([prompt + tokens[number][:-1]])).logits[0, len(prompt) - 1 :]
-        torch.testing.assert_close(torch.stack(logits[number]), whole, rtol=1e-4, atol=1e-4)
+def pack(B, ranks):
+    """NaN wherever a kernel has nothing to look for."""
+    packed = torch.full_like(B, torch.nan)
+    for slot, rank in enumerate(ranks.tolist()):
+        packed[slot].view(-1)[: B.shape[1] * rank] = B[slot, :, :rank].flatten()
+    return packed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_has_the_same_bits_alone_and_in_company(dtype):
-    model = tiny(dtype)
-    together, _ = run(model, [0, 1, 2, 3])
-    for chosen in ([1], [3, 0], [2, 1, 3]):
-        apart, _ = run(model, chosen)
-        for number in chosen:
-            assert all(torch.equal(a, b) for a, b in zip(apart[number], together[number], strict=True))
+def make(tokens, d_out, dtype, choices=1):
+    g = torch.Generator().manual_seed(tokens + d_out)
+    x, y = torch.randn(tokens, D_IN, generator=g).to(dtype), torch.randn(tokens, 2 * d_out, generator=g).to(dtype)
+    A = [torch.randn(SLOTS, R_MAX, D_IN, generator=g).to(dtype) / 8 for _ in range(2)]
+    B = [torch.randn(SLOTS, d_out, R_MAX, generator=g).to(dtype) / 8 for _ in range(2)]
+    return y, x, A, B, torch.randint(-1, SLOTS, (tokens, choices), generator=g)
 
 
-def test_the_cache_grows():
-    model = tiny()
-    packed = PackedModel(model, max_rows=2, block=64, max_tokens=250)
-    for start in range(0, 192, 64):
-        packed.prefill([Piece(1, start, [5] * 64)])
-    packed._capacity, small = 192, packed._capacity
-    assert small == 250
-    for layer, pair in packed._cache.items():
-        packed._cache[layer] = tuple(tensor[:, :, :192].contiguous() for tensor in pair)
-    grown = packed.prefill([Piece(1, 192, [6] * 30)])
-    with torch.no_grad():
-        whole = model(torch.tensor([[5] * 192 + [6] * 30])).logits[:, -1]
-    torch.testing.assert_close(grown, whole, rtol=1e-3, atol=1e-3)
+@by_dtype
+@by_size
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_bgmv_has_the_bits_of_the_padded_form(tokens, d_out, dtype, choices, backend):
+    y, x, A, B, indices = make(tokens, d_out, dtype, choices)
+    packed = [pack(b, RANKS) for b in B]
+
+    def both():
+        want = lk.bgmv(y.clone(), x, A, B, indices, ranks=RANKS, scale=0.5)
+        return want, lk.bgmv(y.clone(), x, A, packed, indices, ranks=RANKS, scale=0.5, packed=True)
+
+    if backend is None:
+        want, got = both()
+    else:
+        with lk.use_backend(backend):
+            want, got = both()
+    assert torch.equal(want, got)
 
 
-def test_the_model_keeps_its_attention():
-    model = tiny()
-    before = model.config._attn_implementation
-    PackedModel(model).prefill([Piece(0, 0, [1, 2])])
-    assert model.config._attn_implementation == before
+@by_dtype
+@by_size
+def test_expand_has_the_bits_of_the_padded_form(tokens, d_out, dtype):
+    y, x, A, B, indices = make(tokens, d_out, dtype)
+    packed = [pack(b, RANKS) for b in B]
+    h = lk.shrink(x, A, indices, ranks=RANKS)
+    want = lk.expand(y.clone(), h, B, indices, ranks=RANKS)
+    assert torch.equal(want, lk.expand(y.clone(), h, packed, indices, ranks=RANKS, packed=True))
+    with lk.use_backend("cpu"):
+        assert torch.equal(want, lk.expand(y.clone(), h, packed, indices, ranks=RANKS, packed=True))
 
 
-def test_other_models_are_refused():
-    with pytest.raises(LorakernError, match="causal language model"):
-        PackedModel(torch.nn.Linear(2, 2))
-    model = tiny()
-    model.config.sliding_window = 4
-    model.model.layers[0].self_attn.forward = None
-    with pytest.raises(TypeError):
-        PackedModel(model).prefill([Piece(0, 0, [1])])
+def test_a_gradient_follows_packed_weights():
+    y, x, A, B, indices = make(5, 64, torch.float32)
+    packed = [pack(b, RANKS).nan_to_num().requires_grad_() for b in B]
+    padded = [b.clone().requires_grad_() for b in B]
+    lk.bgmv(y.clone(), x, A, packed, indices, ranks=RANKS, packed=True).square().sum().backward()
+    lk.bgmv(y.clone(), x, A, padded, indices, ranks=RANKS).square().sum().backward()
+    for ours, theirs in zip(packed, padded, strict=True):
+        assert torch.equal(ours.grad.isfinite(), torch.ones_like(ours.grad, dtype=torch.bool))
+        assert torch.equal(ours.grad, pack(theirs.grad, RANKS).nan_to_num())
+
+
+def test_packed_weights_are_refused_without_ranks_or_with_other_strides():
+    y, x, A, B, indices = make(5, 64, torch.float32)
+    before = y.clone()
+    wide = [torch.zeros(SLOTS, 64, R_MAX + 1)[:, :, :R_MAX] for _ in B]
+    with pytest.raises(lk.LorakernError, match="ranks must be given where B is packed"):
+        lk.bgmv(y, x, A, B, indices, packed=True)
+    with pytest.raises(lk.LorakernError, match="B must have contiguous slots"):
+        lk.bgmv(y, x, A, wide, indices, ranks=RANKS, packed=True)
+    assert torch.equal(y, before)
+
+
+def test_a_gpu_is_told_that_it_cannot_read_packed_weights():
+    meta = [torch.empty(SLOTS, 64, R_MAX, device="meta")]
+    with pytest.raises(lk.LorakernError, match="only the CPU kernels"):
+        check_packed("bgmv", meta, RANKS)

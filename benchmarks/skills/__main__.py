@@ -237,7 +237,7 @@ def ramole(
     names: Names = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of what is trained on, of samples and of questions.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 60,
     rate: Annotated[float, typer.Option(help="Learning rate of the router.")] = 5e-3,
     out: Annotated[Path, typer.Option(help="Folder for ramole.json, .md and .png; a run goes on there.")] = HERE,
     runs: Annotated[Path, typer.Option(help="Where what is trained lives; a killed run continues from there.")] = Path(

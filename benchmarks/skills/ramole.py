@@ -119,6 +119,7 @@ def measured(wanted: Settings, seed: int, folder: Path, runs: Path, model, route
         lr=wanted.router_rate,
         seed=seed,
         state=runs / f"router-{seed}",
+        save_every=20,
         progress=lambda done, total, loss: report(f"seed {seed}: router {done}/{total} {loss:.3f}"),
     )
     record = {"seed": seed, "trained": trained, "retrieval": retrieval, "losses": losses}
@@ -139,7 +140,7 @@ def accuracies(encoder, samples: Mapping[str, Sequence[str]], questions: Mapping
 
 
 def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder, model, tokenizer, report) -> dict:
-    """Exact match of every mode by skill, in the whole pool and in smaller ones; the weight of a skill's own adapter."""
+    """Exact match of every mode by skill, in the whole pool and in smaller ones; weights of own adapters."""
     exact: dict[str, dict[str, dict[str, float]]] = {}
     pools: dict[str, dict[str, float]] = {}
     own: dict[str, float] = {}

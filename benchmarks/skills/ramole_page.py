@@ -13,10 +13,11 @@ Exact match of greedy answers of SmolLM2-135M-Instruct in bfloat16 to held-out q
 as many adapters, by `MixtureModel`: nothing but the words of a question says which adapter it needs. The k = {k}
 adapters most like it are retrieved by MiniLM (each the mean embedding of {samples} sample questions) and composed.
 {count} questions a skill and seed. A seed also draws the {trained} skills (40 %) on which the encoder is fine-tuned
-({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions, rank
-{router_rank}, dropout of adapters 0.5); the others are unseen by both. In-distribution the pool has every skill's own adapter;
-out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in other words. The
-oracle is always given a question's own adapter. Means with the standard deviation over {seeds} seeds."""
+({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions,
+rank {router_rank}, dropout of adapters 0.5); the others are unseen by both. In-distribution the pool has every skill's
+own adapter; out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in
+other words. The oracle is always given a question's own adapter. Means with the standard deviation over {seeds}
+seeds."""
 EXPECTED = (ORACLE, "ramole", "mixture", "selection", "fusion")
 COLORS = {"selection": "#9aa0a6", "fusion": "#c98a2b", "mixture": "#3f9b76", "ramole": "#2f6db5", "arrow": "#8a5fb0"}
 
