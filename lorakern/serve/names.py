@@ -16,8 +16,8 @@ def check_name(name: Any) -> str:
         LorakernError: it is no printable text of 1 to 255 characters, could be taken for a path or for part of a
             URL that clients rewrite, or means something else where a model is named.
 
-    >>> check_name("poet, <b>v2</b>")
-    'poet, <b>v2</b>'
+    >>> check_name("poet, <b>2")
+    'poet, <b>2'
     """
     check_printable(name)
     if name in (AUTO, BASE):
