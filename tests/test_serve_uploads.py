@@ -5,6 +5,7 @@ import json
 import pickle
 import socket
 import tarfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -286,14 +287,22 @@ def test_a_request_finishes_with_an_adapter_that_is_deleted(tmp_path):
 
 
 def test_uploads_at_once_are_bounded(tmp_path):
-    with serving(tmp_path, max_uploads=1) as server:
-        head = [b"POST /adapters HTTP/1.1", b"Host: 127.0.0.1", KIND, b"Content-Length: 99999", b"", b""]
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            connection.sendall(b"\r\n".join(head))
-            wait_until(lambda: server.files() != [])
-            status, answer = server.upload(adapter_parts("poet"))
-            assert status == 429 and "uploads" in answer["error"]["message"]
-        wait_until(lambda: server.upload(adapter_parts("poet"))[0] == 201)
+    head = [b"POST /adapters HTTP/1.1", b"Host: 127.0.0.1", KIND, b"Content-Length: 99999", b"", b""]
+    first = socket.socket()
+    with serving(tmp_path, max_uploads=1, read_seconds=0.5) as server, ThreadPoolExecutor(1) as pool, first:
+        first.connect(("127.0.0.1", server.port))
+        first.sendall(b"\r\n".join(head) + part("texts", b"")[:-2])
+        wait_until(lambda: server.files() != [])
+        waiting = pool.submit(server.upload, adapter_parts("poet"))
+        while not waiting.done():
+            first.sendall(b"x")
+            time.sleep(0.1)
+        status, answer = waiting.result()
+        assert status == 429 and "uploads" in answer["error"]["message"]
+        waiting = pool.submit(server.upload, adapter_parts("poet"))
+        time.sleep(0.1)
+        first.close()
+        assert waiting.result()[0] == 201
 
 
 def test_another_server_on_the_same_folder_is_refused(tmp_path):

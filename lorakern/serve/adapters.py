@@ -24,11 +24,11 @@ def router(catalogue: Catalogue, settings: Settings, metrics: Metrics) -> APIRou
     async def upload(request: Request) -> JSONResponse:
         try:
             await key(request)
-            if uploads.locked():
-                message = f"{settings.max_uploads} uploads are under way, as many as this server takes; try again"
-                raise ApiError(429, message, "overloaded", headers={"Retry-After": "1"})
-            async with uploads:
+            await _turn(uploads, settings)
+            try:
                 record = await _receive(request, catalogue, settings)
+            finally:
+                uploads.release()
         except ApiError as error:
             metrics.refused.labels(error.code).inc()
             raise
@@ -48,6 +48,16 @@ def router(catalogue: Catalogue, settings: Settings, metrics: Metrics) -> APIRou
         return JSONResponse(catalogue.shown(name))
 
     return routes
+
+
+async def _turn(uploads: asyncio.Semaphore, settings: Settings) -> None:
+    """Wait for one of the places; nothing of the body is read before."""
+    try:
+        async with asyncio.timeout(settings.read_seconds):
+            await uploads.acquire()
+    except TimeoutError:
+        message = f"{settings.max_uploads} uploads are under way, as many as this server takes; try again"
+        raise ApiError(429, message, "overloaded", headers={"Retry-After": "1"}) from None
 
 
 async def _receive(request: Request, catalogue: Catalogue, settings: Settings) -> Record:

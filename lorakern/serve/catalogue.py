@@ -38,7 +38,8 @@ class Catalogue:
             try:
                 if record.texts and not self._is_current(record.embedding):
                     record = Record(**vars(record) | {"embedding": self._embed(record.texts)})
-                    self.store.update(record)
+                    if self._encoder is not None:
+                        self.store.update(record)
                 # the numbers were read when it was uploaded
                 self._add(record, LoraAdapter.load(self.store.path(record.name), check_finite=False))
             except LorakernError as error:

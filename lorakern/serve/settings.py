@@ -12,7 +12,7 @@ class Settings:
         max_weights: bytes of a weights file.
         max_requests: completions that run or wait at once.
         max_uploads: uploads at once, each of which may take `max_weights` of the disk.
-        read_seconds: how long an upload may send nothing.
+        read_seconds: how long an upload may send nothing, and how long one more waits for its turn.
     """
 
     api_key: str | None = None
