@@ -4,16 +4,21 @@ import contextlib
 import http.client
 import io
 import json
+import tempfile
 import threading
 import time
 from pathlib import Path
 from urllib.parse import quote
 
-import uvicorn
+import pytest
 from adapter_builders import CONFIG, WEIGHTS, factors
 from serve_fake import MODULES, FakeEngine, template
 
 from lorakern.adapters import LoraAdapter
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+import uvicorn
+
 from lorakern.serve import Settings, create_app
 from lorakern.serve.run import bind
 
@@ -101,8 +106,6 @@ def form(parts):
 def adapter_files(rank=2, seed=0, modules=MODULES):
     """(config, weights) of an adapter that fits the fake engine."""
     made = {module: factors(rank, d_in, d_out, 0.5, seed=seed) for module, (d_out, d_in) in modules.items()}
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         LoraAdapter(made, base_model_name_or_path="tiny").save(folder)
         return (Path(folder) / CONFIG).read_bytes(), (Path(folder) / WEIGHTS).read_bytes()

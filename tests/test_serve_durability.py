@@ -1,21 +1,26 @@
 """What was acknowledged survives kill -9 at any moment, and what was not is there as a whole or not at all."""
 
+import errno
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
 from serve_fake import FakeEngine
 from serve_server import FORM, Server, adapter_files, adapter_parts, form, part, serving, wait_until
 
+from lorakern.adapters import LoraAdapter
+from lorakern.serve.record import Record
 from lorakern.serve.store import AdapterStore
 
 TESTS = Path(__file__).resolve().parent
@@ -59,13 +64,10 @@ def test_kill_at_random_moments(tmp_path):
                     parts = adapter_parts(name, TEXTS, "true", files[rank])
                     status, answer = server.upload(parts)
                     assert status == 201, answer
-            except (OSError, http_errors):
+            except (OSError, HTTPException):
                 return
             may[name] = {rank}
 
-    from http.client import HTTPException
-
-    http_errors = HTTPException
     for life in range(3):
         with process(tmp_path) as server:
             assert server.encoded == 0
@@ -94,11 +96,9 @@ def test_kill_at_random_moments(tmp_path):
 def test_kill_in_the_middle_of_an_upload(tmp_path):
     with process(tmp_path) as server:
         assert server.upload(adapter_parts("kept", TEXTS))[0] == 201
-        from socket import create_connection
-
         half = b"".join(adapter_parts("half"))[:-100]
         head = f"POST /adapters HTTP/1.1\r\nHost: localhost\r\nContent-Type: {FORM['Content-Type']}\r\n"
-        with create_connection(("127.0.0.1", server.port)) as connection:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(f"{head}Content-Length: {len(half) + 200}\r\n\r\n".encode() + half)
             wait_until(lambda: any(file.endswith(".safetensors") for file in server.files() if "quarantine" in file))
             server.kill()
@@ -131,9 +131,6 @@ def steps(monkeypatch, stop_at):
 
 
 def upload(store, name, rank):
-    from lorakern.adapters import LoraAdapter
-    from lorakern.serve.record import Record
-
     quarantine = store.new_quarantine()
     config, weights = adapter_files(rank)
     (quarantine / "adapter_config.json").write_bytes(config)
@@ -233,8 +230,6 @@ def test_names_are_data(tmp_path):
 
 
 def test_a_full_disk_is_told(tmp_path, monkeypatch):
-    import errno
-
     with serving(tmp_path) as server:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         parts = adapter_parts("poet")

@@ -38,7 +38,8 @@ def test_right_key(guarded):
 def test_no_key_is_needed_to_ask(guarded):
     assert guarded.ask("/v1/completions", model="base", prompt="a")[0] == 200
     assert guarded.call("GET", "/adapters")[0] == 200
-    assert 'reason="no_key"' in guarded.call("GET", "/metrics")[1] or True
+    guarded.upload(adapter_parts())
+    assert 'lorakern_uploads_refused_total{reason="no_key"}' in guarded.call("GET", "/metrics")[1]
 
 
 @pytest.fixture(scope="module")

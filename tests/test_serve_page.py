@@ -7,9 +7,10 @@ import pytest
 from serve_fake import FakeEngine
 from serve_server import adapter_files, adapter_parts, serving, wait_until
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium, in the extra test")
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.select import Select  # noqa: E402
+pytest.importorskip("selenium", reason="needs the package selenium, in the extra test")
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.select import Select
 
 EVIL = """<img src=x onerror="document.title='run'"><svg onload="document.title='run'">"""
 FLAGS = (
