@@ -176,6 +176,7 @@ class Soak:
         self.passing = {f"passing {i}": pair for i, pair in enumerate(pairwise(chosen))}
 
     def run(self, requests: int, clients: int) -> dict[str, Any]:
+        load = os.getloadavg()[0]
         for skill in self.skills:
             texts = [prompt for prompt, _ in islice(stream(skill, held_out=False, seed=1), SAMPLES)]
             self._expect(201, self.client.upload(skill, skill, texts), f"upload of {skill}")
@@ -205,7 +206,8 @@ class Soak:
             for other in others:
                 other.result()
         ended = time.monotonic()
-        return self._figures(requests, clients, together - began, ended - together)
+        figures = self._figures(requests, clients, together - began, ended - together)
+        return figures | {"load average before": round(load, 1)}
 
     def _figures(self, requests: int, clients: int, alone: float, together: float) -> dict[str, Any]:
         tokens = sum(self.alone[ask][2] for ask in self.alone)
@@ -290,6 +292,7 @@ class Soak:
         self._expect(404, gone[0], f"{name} after its deletion")
 
     def _measure(self, requests: int, done: threading.Event) -> None:
+        self.resident.append(resident_mb(self.process))
         while not done.wait(0.2):
             if self.counts["served"] * MEMORY_SAMPLES >= requests * len(self.resident):
                 self.resident.append(resident_mb(self.process))
@@ -311,20 +314,22 @@ def page(figures: dict[str, Any], known: dict[str, Any], options: list[str]) -> 
     """The results page."""
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in figures.items())
     how = " ".join(["lorakern serve", *options])
-    out = [
-        "# lorakern serve, busy",
-        "",
-        f"`python -m benchmarks.serve_soak`, one run. {__doc__.partition('`.')[2].strip()}",
-    ]
-    out += [
-        "",
-        f"The server is `{how}`, a process beside the clients on the same cores. An answer's seconds are from its",
-    ]
-    out += [
-        f"request to its last byte, {figures['clients']} clients waiting for theirs; tokens are those of prompts and"
-    ]
-    out += ["answers. Memory is anonymous.", "", *machine.lines(known), "", "| | |", "|---|---|", rows, ""]
-    return "\n".join(out)
+    return f"""\
+# lorakern serve, busy
+
+`python -m benchmarks.serve_soak`, one run.
+{__doc__.partition("`.")[2].strip()}
+
+The server is `{how}`, a process beside the clients on the same cores.
+An answer's seconds are from its request to its last byte, with {figures["clients"]} clients waiting for theirs; the
+tokens are those of prompts and answers. Memory is anonymous.
+
+{chr(10).join(machine.lines(known))}
+
+| | |
+|---|---|
+{rows}
+"""
 
 
 def _cell(value: Any) -> str:
