@@ -95,7 +95,7 @@ def test_what_is_missing_is_said(monkeypatch):
 def test_the_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-    (example,) = re.findall(r"```python\n([^`]*LoraRetriever\(\)[^`]*)```", text)
+    (example,) = re.findall(r"```python\n([^`]*retriever = LoraRetriever\(\)[^`]*)```", text)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     ((found,),) = names["retriever"].retrieve(["What is 18:20 on a 12-hour clock?"], k=1)
