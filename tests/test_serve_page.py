@@ -59,6 +59,9 @@ def names(browser):
 
 
 def opened(browser, server):
+    # a page of an earlier test may have asked a server that was gone
+    browser.get("about:blank")
+    browser.get_log("browser")
     browser.get(server.url)
     wait_until(lambda: names(browser) == server.names())
 
