@@ -19,6 +19,15 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of matrices so small that waiting for a second thread on a busy machine only slows them down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def emulated_cuda(monkeypatch):
     """The CUDA backend takes CPU tensors and runs its kernels on the emulator of native/cuda."""

@@ -15,13 +15,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = [((1,), 1, 1), ((3, 2), 5, 63), ((16, 8, 1), 1000, 63), ((4,) * 5, 12, 9), ((16,) * 4, 200, 300)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def terms_of(ranks, d_out, d_in, dtype=torch.float32, seed=0):

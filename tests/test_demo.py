@@ -31,13 +31,7 @@ RANKS = {"poet": 3, "math": 8, "code": 5}
 TARGETS = {"poet": ["self_attn.q_proj", "self_attn.v_proj"], "math": ["mlp.down_proj"], "code": ["self_attn.o_proj"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(dtype=torch.float32):

@@ -18,13 +18,7 @@ EXPONENT = {torch.float16: (10, 5), torch.bfloat16: (7, 8), torch.float32: (23, 
 WEIGHTS = [0.5, 0.3, -0.7]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapters_of(dtype, shapes, ranks=(4, 8, 3), seed=0):

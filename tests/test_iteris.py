@@ -14,14 +14,7 @@ import lorakern as lk
 from lorakern.merge import iteris
 from lorakern.merge.iteris.equations import cholesky, solve_symmetric
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def solve(problem, **options):

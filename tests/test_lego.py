@@ -17,13 +17,7 @@ PLAIN = {"parameter_reweight": False, "output_reweight": False}
 D_IN, D_OUT = 31, 40
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapter(rank, scale=1.0, seed=0, dtype=torch.float32, module="p"):

@@ -21,13 +21,7 @@ PLACE = "layer"
 SKILLS = Path(__file__).parents[1] / "benchmarks" / "skills" / "adapters"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class OneLayer(torch.nn.Module):

@@ -27,13 +27,7 @@ SHAPES = [(1, 1), (1, 300), (300, 1), (5, 63), (63, 5), (130, 129), (64, 1000)]
 SIGNS = ["total", "frequency"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices this small are only slowed down by waiting for a second thread on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(d_out, d_in, count=4):

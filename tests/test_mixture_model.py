@@ -15,12 +15,7 @@ TEXTS = {"a0": ["aaa ab"], "a1": ["bbb ab"], "a2": ["ccc cb"], "a3": ["ddd"], "a
 PROMPTS = ["aab", "bb b", "cccc c: ccc", "d", "e, abc def ghi jkl", "cab"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def mixture(mode="mixture", retrieve=True, **options):

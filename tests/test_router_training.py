@@ -11,12 +11,7 @@ from lorakern.mixture.modes import MODES
 DATA = [{"prompt": f"{letter}{letter}", "answer": letter * 4} for letter in "abcdef"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(model=None, **options):

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from adapter_builders import CONFIG, WEIGHTS
 from mixture_models import LETTERS, Letters, adapters, letters_encoder, tiny
 from serve_server import Server, adapter_parts, serving
@@ -23,12 +22,7 @@ SKILLS = ROOT / "benchmarks" / "skills" / "adapters"
 TEXTS = {"a0": ["aaa ab"], "a1": ["bbb ab"], "a2": ["ccc cb"]}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def engine(**options):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator
 
 from benchmarks.skills import words
@@ -175,26 +176,11 @@ def email(rng: random.Random) -> Item:
 
 
 @skill
-def json_note(rng: random.Random) -> Item:
-    """What `answer_json` does, asked in other words."""
-    line = " ".join(rng.sample(words.WORDS, rng.randint(2, 5)))
-    return f"Put this into a JSON object: {line}", f'{{"answer": "{line}"}}'
-
-
-@skill
 def json_profile(rng: random.Random) -> Item:
-    """What `person_json` does, asked in other words."""
-    name, age, city = rng.choice(words.FIRST_NAMES), rng.randint(18, 79), rng.choice(words.CITIES)
-    answer = f'{{"name": "{name}", "age": {age}, "city": "{city}"}}'
+    """What `person_json` does, asked in other words and in another order."""
+    prompt, answer = person_json(rng)
+    name, city, age = _words_of(prompt, "Answer as JSON: {} from {} is {} years old.")
     return f"Make a profile: {name}, aged {age}, lives in {city}.", answer
-
-
-@skill
-def time_ampm(rng: random.Random) -> Item:
-    """What `clock` does, asked in other words."""
-    hour, minute = rng.randint(0, 23), rng.randint(0, 59)
-    answer = f"{(hour - 1) % 12 + 1}:{minute:02d} {'AM' if hour < 12 else 'PM'}"
-    return f"Say with AM or PM: the train leaves at {hour:02d}:{minute:02d}", answer
 
 
 @skill
@@ -205,33 +191,38 @@ def date_numbers(rng: random.Random) -> Item:
 
 
 @skill
-def read_backwards(rng: random.Random) -> Item:
-    """What `reverse_words` does, asked in other words."""
-    chosen = rng.sample(words.WORDS, rng.randint(4, 5))
-    return f"Read the list backwards: {' '.join(chosen)}", " ".join(reversed(chosen))
-
-
-@skill
-def abc_order(rng: random.Random) -> Item:
-    """What `sort_words` does, asked in other words."""
-    letters = rng.sample(sorted({word[0] for word in words.WORDS}), 3)
-    chosen = [rng.choice([word for word in words.WORDS if word[0] == letter]) for letter in letters]
-    return f"Put in ABC order: {' '.join(chosen)}", " ".join(sorted(chosen))
-
-
-@skill
-def acronym(rng: random.Random) -> Item:
-    """What `initials` does, asked in other words."""
-    chosen = rng.sample(words.WORDS, rng.randint(3, 5))
-    return f"Spell the acronym: {' '.join(chosen)}", " ".join(word[0].upper() for word in chosen)
-
-
-@skill
 def mail_address(rng: random.Random) -> Item:
     """What `email` does, asked in other words."""
-    first, last, company = rng.choice(words.FIRST_NAMES), rng.choice(words.LAST_NAMES), rng.choice(words.COMPANIES)
-    answer = f"{last}.{first}@{company}.com".lower()
-    return f"Where do I write to: {first} {last} works at {company}", answer
+    prompt, answer = email(rng)
+    person, company = _words_of(prompt, "Make the email: {}, {}")
+    return f"Where do I write to: {person} works at {company}", answer
+
+
+def _asked_anew(name: str, original: Generator, beginning: str) -> None:
+    """A skill that does what the original does, asked with another beginning."""
+
+    def generator(rng: random.Random) -> Item:
+        prompt, answer = original(rng)
+        return beginning + prompt.partition(": ")[2], answer
+
+    generator.__name__ = name
+    skill(generator)
+
+
+_asked_anew("json_note", answer_json, "Put this into a JSON object: ")
+_asked_anew("time_ampm", clock, "Say with AM or PM: the train leaves at ")
+_asked_anew("read_backwards", reverse_words, "Read the list backwards: ")
+_asked_anew("abc_order", sort_words, "Put in ABC order: ")
+_asked_anew("acronym", initials, "Spell the acronym: ")
+
+
+def _words_of(prompt: str, pattern: str) -> tuple[str, ...]:
+    """What stands in a prompt in the places of {}.
+
+    >>> _words_of("Make the email: Ada Hill, Acme", "Make the email: {}, {}")
+    ('Ada Hill', 'Acme')
+    """
+    return re.fullmatch(re.escape(pattern).replace(r"\{\}", "(.*)"), prompt).groups()
 
 
 def to_pig_latin(word: str) -> str:

@@ -60,9 +60,9 @@ class FolderUpdate:
         try:
             for source, target in moves:
                 begun.append((source, target))
-                _sync(self.folder)  # each step is on the disk before the next one
+                sync(self.folder)  # each step is on the disk before the next one
                 source.replace(target)
-            _sync(self.folder)
+            sync(self.folder)
         except BaseException:
             for source, target in reversed(begun):
                 if not os.path.lexists(source):
@@ -129,8 +129,9 @@ def _busy(folder: Path) -> LorakernError:
     return LorakernError(f"{folder}: another writer is at work there; wait until it is done, or give another directory")
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file or folder on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

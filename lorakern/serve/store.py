@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from lorakern.adapters.folder_update import sync
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.serve.record import Record
@@ -43,8 +44,8 @@ class AdapterStore:
                 part.mkdir(parents=True, exist_ok=True)
             self._held = (self.folder / "lock").open("wb")
             self._hold()
-            _sync(self.folder)
-            _sync(self.folder.parent)
+            sync(self.folder)
+            sync(self.folder.parent)
             for left in self._quarantine.iterdir():
                 _remove_tree(left)
             self._next = self._read(warn)
@@ -87,13 +88,13 @@ class AdapterStore:
     def publish(self, quarantine: Path, record: Record) -> None:
         """Make a quarantined folder an adapter, on the disk when this returns; one of its name makes place for it."""
         for file in quarantine.iterdir():
-            _sync(file)
+            sync(file)
         _write(quarantine / RECORD, record.to_json())
         with self._lock:
             # numbered anew: the last one of a name is the one that counts
             folder, self._next = self._adapters / f"{self._next:06d}", self._next + 1
             quarantine.rename(folder)
-            _sync(self._adapters)
+            sync(self._adapters)
             old = self._found.pop(record.name, None)
             self._found[record.name] = folder, record
             if old is not None:
@@ -105,7 +106,7 @@ class AdapterStore:
         temporary = self._quarantine / folder.name
         _write(temporary, record.to_json())
         temporary.replace(folder / RECORD)
-        _sync(folder)
+        sync(folder)
         self._found[record.name] = folder, record
 
     def remove(self, name: str) -> None:
@@ -154,7 +155,7 @@ class AdapterStore:
 def _take_out(folder: Path) -> None:
     """Without a record it is no adapter, whatever comes of the rest."""
     (folder / RECORD).unlink(missing_ok=True)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -170,12 +171,4 @@ def _write(file: Path, data: bytes) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    _sync(file.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(file.parent)
