@@ -1,7 +1,6 @@
 """Random adapters for the tests of merging, and what they are to be compared with."""
 
 import torch
-from hypothesis import strategies as st
 from problems import error_ratio
 
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 3e-6, torch.float64: 3e-6}
@@ -54,23 +53,3 @@ def assert_update(merged, exact, tolerance):
 
 
 SHAPES = {"q_proj": (5, 7), "v_proj": (1, 9), "down_proj": (8, 3)}
-SCALES = st.sampled_from([1.0, 0.5, 1 / 3, 16 / 5**0.5, -2.0, 1e-3, 0.0])
-DTYPES = st.sampled_from(sorted(TOLERANCES, key=str))
-
-
-@st.composite
-def adapters(draw, least=1, most=4):
-    """A list of adapters, each with some of the modules of SHAPES, at ranks, scales and dtypes of their own."""
-    result = []
-    for _ in range(draw(st.integers(least, most))):
-        modules = draw(st.lists(st.sampled_from(sorted(SHAPES)), min_size=1, unique=True))
-        adapter = {}
-        for module in modules:
-            rank, seed = draw(st.integers(1, 9)), draw(st.integers(0, 1000))
-            adapter[module] = factors(*SHAPES[module], rank, draw(SCALES), draw(DTYPES), seed)
-        result.append(adapter)
-    return result
-
-
-def weights_for(count):
-    return st.lists(st.sampled_from([1.0, 0.5, -0.25, 2.0, 0.3]), min_size=count, max_size=count)

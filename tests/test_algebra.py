@@ -313,15 +313,3 @@ def test_other_refusals():
         lk.delta_norm([], [])
     with pytest.raises(lk.LorakernError, match="module '1': A of term 0 has 12 values"):
         lk.delta_norm([A, A * math.nan], [B, B])
-
-
-@pytest.mark.gpu
-def test_on_a_gpu():
-    for shape in SHAPES:
-        terms = terms_of(*shape)
-        there = [(a.cuda(), b.cuda(), scale) for a, b, scale in terms]
-        assert lk.delta_norm(*there[0]) == pytest.approx(lk.delta_norm(*terms[0]), rel=1e-9)
-        assert lk.delta_distance(there, there[:1]) == pytest.approx(lk.delta_distance(terms, terms[:1]), rel=1e-9)
-        ours, theirs = lk.truncate(terms, 3), lk.truncate(there, 3)
-        assert theirs.A.is_cuda and theirs.B.is_cuda
-        assert error_ratio(dense_of(theirs).cpu(), dense_of(ours)) < 1e-6

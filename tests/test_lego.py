@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import SHAPES, assert_update, factors, total, update
-from merging import adapters as some_adapters
+from merging_strategies import adapters as some_adapters
 from problems import error_ratio
 
 import lorakern as lk

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merging import ALL, RANDOM, SHAPES, SYMMETRIC, TOLERANCES, assert_update, factors, total, update, weights_for
-from merging import adapters as some_adapters
+from merging import ALL, RANDOM, SHAPES, SYMMETRIC, TOLERANCES, assert_update, factors, total, update
+from merging_strategies import adapters as some_adapters
+from merging_strategies import weights_for
 
 import lorakern as lk
 from lorakern.merge import methods
