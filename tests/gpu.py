@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,8 +41,13 @@ def steps(python: str = sys.executable) -> list[Step]:
 
     Only files that name the mark are collected: others may import what a GPU machine need not have.
     """
-    marked = [str(file.relative_to(ROOT)) for file in TESTS if "pytest.mark.gpu" in file.read_text()]
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    marked = [
+        str(file.relative_to(ROOT))
+        for file in TESTS
+        if re.search(r"mark\.gpu|^import test_triton$", file.read_text(), re.M)
+    ]
+    workers = max(2, (os.cpu_count() or 1) * 3 // 4)  # most of their time is Triton's compiler
+    parallel = ["-n", str(workers)] if importlib.util.find_spec("xdist") else []
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     absent = None if Path(sanitizer).is_file() else "compute-sanitizer is not installed"
     # Each tensor in memory of its own: a read beyond it is then beyond what the tool knows.

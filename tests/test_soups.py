@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import merging
+import merging_strategies
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +48,7 @@ def test_fixed_gates_are_the_cat_merge(seed):
     assert error_ratio(ours, logits(model, batches()[0])) > 1e-2
 
 
-@given(merging.adapters(), st.integers(0, 99))
+@given(merging_strategies.adapters(), st.integers(0, 99))
 def test_every_layer_adds_the_cat_merge_whatever_the_ranks_scales_and_dtypes(adapters, seed):
     g = torch.Generator().manual_seed(seed)
     layers = {name: torch.nn.Linear(d_in, d_out) for name, (d_out, d_in) in merging.SHAPES.items()}
