@@ -22,14 +22,15 @@ _specification.loader.exec_module(build)
 
 
 @functools.cache
-def module(arch):
-    """The emulated lorakern._cuda: one for each arch, since csrc remembers what the device is like."""
+def module(arch, multiprocessors=None):
+    """The emulated lorakern._cuda: one for each device, since csrc remembers what it is like."""
     built = build.build_module()
-    copy = built.parent / f"sm_{arch}" / f"{os.getpid()}{built.suffix}"
+    name = f"sm_{arch}" if multiprocessors is None else f"sm_{arch}_{multiprocessors}"
+    copy = built.parent / name / f"{os.getpid()}{built.suffix}"
     copy.parent.mkdir(exist_ok=True)
     shutil.copy2(built, copy)
     try:
-        return build.load(copy, f"sm_{arch}")
+        return build.load(copy, name)
     finally:
         copy.unlink()
 
@@ -40,12 +41,14 @@ def _on(tensor):
     yield 0, 0
 
 
-def install(monkeypatch, arch=None):
-    """Until monkeypatch undoes it. arch: 80 or 90, by default LORAKERN_EMULATOR_ARCH."""
+def install(monkeypatch, arch=None, multiprocessors=None):
+    """Until monkeypatch undoes it. arch: 80 or 90, else LORAKERN_EMULATOR_ARCH. multiprocessors: of the device."""
     arch = arch or int(os.environ.get(ARCH) or 90)
     monkeypatch.setenv(ARCH, str(arch))
+    if multiprocessors is not None:
+        monkeypatch.setenv("LORAKERN_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
     monkeypatch.setattr(cuda, "missing", lambda: None)
-    monkeypatch.setattr(cuda, "_module", lambda: module(arch))
+    monkeypatch.setattr(cuda, "_module", lambda: module(arch, multiprocessors))
     monkeypatch.setattr(cuda, "_on", _on)
     monkeypatch.setattr(cuda, "_preloaded", functools.cache(cuda._preloaded.__wrapped__))
 

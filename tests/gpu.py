@@ -57,11 +57,11 @@ def steps(python: str = sys.executable) -> list[Step]:
     options = ["-p", "no:cacheprovider", "-rfE", "--continue-on-collection-errors", *parallel]
     results = ["--results", "benchmarks/results", "--json", str(LOGS / "bench.jsonl")]
     return [
-        Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 80),
-        Step("tests", [python, "-m", "pytest", *marked, "-q", "-m", "gpu", *options], 160),
+        Step("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 70),
+        Step("tests", [python, "-m", "pytest", *marked, "-q", "-m", "gpu", *options], 230),
         Step("memcheck", [*checked, "--tool", "memcheck", *small], 40, own_memory, absent),
         Step("racecheck", [*checked, "--tool", "racecheck", *small], 40, {}, absent),
-        Step("bench", [python, "-m", "benchmarks", "--device", "cuda", "--seconds", "150", *results], 185),
+        Step("bench", [python, "-m", "benchmarks", "--device", "cuda", "--seconds", "100", *results], 130),
     ]
 
 

@@ -1,4 +1,7 @@
-"""A few small calls of every GPU backend, gradients too, for compute-sanitizer: odd sizes, checked against the CPU."""
+"""A few small calls of the CUDA kernels, gradients too, for compute-sanitizer: odd sizes, checked against the CPU.
+
+Triton's kernels are left out: to compile them under the sanitizer takes minutes.
+"""
 
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ SHAPES = [  # tokens, choices, slots, d_in, d_outs, r_max
     (19, 2, 4, 136, (64, 33), 24),
     (40, 1, 3, 256, (128,), 64),
     (130, 1, 4, 96, (72,), 16),  # more pairs than a kernel groups without a plan
+    (600, 1, 2, 264, (136,), 64),  # more than decode takes
 ]
 
 
@@ -37,13 +41,13 @@ def wrong_gradients(backend: str, device: str) -> int:
     return sum(not error < 2 * TOLERANCES[torch.bfloat16] for error in errors)
 
 
-def main(device: str = "cuda", backends: tuple[str, ...] = ("cuda", "triton")) -> int:
-    """0 if every usable backend is right on every shape."""
+def main(device: str = "cuda", backends: tuple[str, ...] = ("cuda",)) -> int:
+    """0 if every backend is usable and right on every shape."""
     wrong = 0
     for backend in backends:
         if reason := lk.info()["backends"][backend]:
-            print(f"{backend}: left out: {reason}")
-            continue
+            print(f"{backend}: {reason}")
+            return 1
         for dtype in TOLERANCES:
             for shape in SHAPES:
                 tokens, choices, slots, d_in, d_outs, r_max = shape

@@ -1,5 +1,7 @@
 """Which backend serves a call: the order, what a backend refuses, and what was measured to be faster."""
 
+import threading
+
 import pytest
 import torch
 
@@ -63,6 +65,19 @@ def test_a_faster_backend_that_is_missing_is_not_chosen(hopper, monkeypatch):
 def test_every_measured_row_names_a_backend_that_has_the_op():
     for row in crossover.MEASURED:
         assert hasattr(backends.BACKENDS[row.backend], row.op)
+
+
+def test_a_backward_runs_on_the_backend_of_its_forward():
+    """Autograd calls the backward of a GPU's tensors in a thread of its own, which no use_backend has reached."""
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    A, B = torch.randn(2, 4, 8, dtype=torch.float64), torch.randn(2, 6, 4, dtype=torch.float64)
+    indices = torch.tensor([0, 1, 0])
+    with lk.use_backend("reference"):  # alone in taking float64
+        delta = lk.lora_delta(x, A, B, indices)
+    thread = threading.Thread(target=delta.sum().backward)
+    thread.start()
+    thread.join()
+    assert torch.allclose(x.grad, (B.sum(1)[:, None] @ A)[indices, 0])
 
 
 def test_a_choice_by_hand_comes_before_all():

@@ -175,9 +175,21 @@ def test_ranks_out_of_range_are_clamped():
 
 @gpu
 @pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES])
-def test_alignment_does_not_change_a_bit(dtype):
-    case = make_case(17, 200, (64, 72), 4, 24, dtype)
-    want = run(case, make_y(case))
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "d_in", "d_outs", "r_max"),
+    [
+        (17, 200, (64, 72), 24),
+        (3, 2072, (1032,), 16),
+        (40, 520, (72, 8), 64),
+        (200, 520, (8, 136), 64),
+        (150, 72, (40,), 8),
+    ],
+)
+def test_alignment_does_not_change_a_bit(tokens, d_in, d_outs, r_max, accumulate, dtype):
+    """Nor does the kernel: what does not lie in chunks of 16 bytes has one of its own."""
+    case = make_case(tokens, d_in, d_outs, 4, r_max, dtype)
+    want = run(case, make_y(case), 0, accumulate)
 
     def shifted(w):
         roomy = torch.full((*w.shape[:-1], w.shape[-1] + 3), torch.nan, dtype=dtype, device=DEVICE)
@@ -185,7 +197,20 @@ def test_alignment_does_not_change_a_bit(dtype):
         return roomy[..., 1:-2]
 
     crooked = {name: [shifted(w) for w in case[name]] for name in ("A", "B")}
-    assert same_bits(run({**case, "x": shifted(case["x"]), **crooked}, shifted(make_y(case))), want)
+    got = run({**case, "x": shifted(case["x"]), **crooked}, shifted(make_y(case)), 0, accumulate)
+    rows = slice(None) if accumulate else served(case)
+    assert same_bits(got[rows], want[rows])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("r_max", [16, 32, 64])
+def test_few_tokens_have_the_bits_of_many(r_max, dtype):
+    case = make_case(1100, 264, (72, 136), 3, r_max, dtype)
+    want = run(case, make_y(case))
+    for start, stop in ((0, 1), (5, 14), (100, 228), (100, 229), (7, 600)):
+        rows = {name: case[name][start:stop] for name in ("x", "indices", "gates")}
+        assert same_bits(run({**case, **rows}, make_y(case)[start:stop].clone()), want[start:stop])
 
 
 @gpu

@@ -23,6 +23,8 @@ CASES = [  # tokens, d_in, d_outs, slots, r_max, choices: each kernel and each s
     (9, 257, (129,), 4, 72, 2),
     (40, 64, (24,), 3, 12, 4),
     (150, 80, (24,), 3, 16, 1),
+    (3, 2056, (136, 72), 2, 64, 1),
+    (140, 136, (72, 8), 1, 64, 1),
     (1030, 16, (8,), 2, 8, 1),
 ]
 
@@ -90,6 +92,20 @@ def test_no_access_beyond_the_tensors(monkeypatch, copies, arch, at_end, dtype, 
             case[name] = fenced if many else fenced[0]
         y, want = test_cuda.make_y(case), test_cuda.expected(case, test_cuda.make_y(case))
         assert test_cuda.ratio(test_cuda.run(case, emulated_cuda.fenced(y, at_end)), want) < tolerance
+
+
+@pytest.mark.parametrize("r_max", [16, 32, 64])
+@pytest.mark.parametrize("tokens", [40, 600])
+def test_any_number_of_blocks_to_a_group_gives_the_same_bits(monkeypatch, tokens, r_max):
+    """Fewer multiprocessors, fewer blocks to a group: 1 to 16 in decode, 1 to 4 in prefill."""
+    monkeypatch.setattr(test_cuda, "DEVICE", "cpu")
+    case, results = test_cuda.make_case(tokens, 1032, (136, 72), 2, r_max, torch.bfloat16), []
+    for multiprocessors in (1, 12, 24, 132):
+        with monkeypatch.context() as one:
+            emulated_cuda.install(one, 90, multiprocessors)
+            test_cuda.check(case, 8e-3)
+            results.append(test_cuda.run(case, test_cuda.make_y(case)))
+    assert all(test_cuda.same_bits(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("arch", [80, 90])

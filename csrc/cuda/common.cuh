@@ -50,6 +50,7 @@ struct TokenChoice {
 };
 
 __device__ __forceinline__ TokenChoice split(const Routing& r, int64_t pair) {
+  if (r.num_choices == 1) return {pair, 0};
   // 32 bits, which divide many times faster, hold every pair: a plan numbers them so
   const uint32_t p = static_cast<uint32_t>(pair), choices = static_cast<uint32_t>(r.num_choices);
   return {p / choices, p % choices};

@@ -443,9 +443,7 @@ __device__ __forceinline__ void run(char* place, const BgmvParams& p, const Grou
 
 // blockIdx.x: the blocks of a group side by side, group after group; blockIdx.z: the slice.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, N <= 16   ? 4
-                                            : N <= 32 ? 3
-                                                      : 2)
+__global__ void __launch_bounds__(kThreads, N <= 16 ? 4 : 3)
     lora(const __grid_constant__ BgmvParams p, int blocks, int step) {
   __shared__ Members<N> members;
   __shared__ __align__(16) char block[sizeof(LoraBlock<T, N, 16>)];

@@ -17,10 +17,11 @@ struct Tile {
   static constexpr int kChunks = kColumns / kPerChunk<T>;
   static constexpr int kRowBytes = kColumns * sizeof(T);
 
-  __device__ static __forceinline__ char* chunk(char* tile, int row, int chunk) {
+  __device__ static __forceinline__ int offset(int row, int chunk) {
     const int swizzle = kChunks >= 8 ? row % 8 : row / (8 / kChunks) % kChunks;
-    return tile + row * kRowBytes + (chunk ^ swizzle) * 16;
+    return row * kRowBytes + (chunk ^ swizzle) * 16;
   }
+  __device__ static __forceinline__ char* chunk(char* tile, int row, int chunk) { return tile + offset(row, chunk); }
 };
 
 // Elements that lie side by side in global memory: `count` of them, none where it is 0 or less.
@@ -33,13 +34,13 @@ struct Run {
 // A count that may pass 31 bits, of which only the chunk at hand matters.
 __device__ __forceinline__ int capped(int64_t count) { return static_cast<int>(count < 1 << 30 ? count : 1 << 30); }
 
-__device__ __forceinline__ bool on_16_bytes(const void* pointer) {
+inline __host__ __device__ bool on_16_bytes(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
 // Can rows that begin here, `stride` elements apart, be read in chunks?
 template <typename T>
-__device__ __forceinline__ bool in_chunks(const T* row, int64_t stride) {
+inline __host__ __device__ bool in_chunks(const T* row, int64_t stride) {
   return on_16_bytes(row) && stride % kPerChunk<T> == 0;
 }
 
@@ -236,6 +237,14 @@ template <>
 __device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
   return {__half2float(__ushort_as_half(static_cast<unsigned short>(pair))),
           __half2float(__ushort_as_half(static_cast<unsigned short>(pair >> 16)))};
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  struct alignas(4) Pair {
+    T values[2];
+  } pair = {{from_float<T>(first), from_float<T>(second)}};
+  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // sums += the rows w .. w + 15 of `weights` times the rows of h (float32, `stride` apart), the first kColumns ranks of

@@ -53,7 +53,17 @@ def use_backend(name: str):
         LorakernError: the name is unknown, or that backend is missing on this machine.
     """
     _usable(name)
-    token = FORCED.set(name)
+    with forced(name):
+        yield
+
+
+@contextmanager
+def forced(name: str | None):
+    """The backend of the ops inside the block; None: the one that is in force anyway.
+
+    A backward runs on the backend of its forward: autograd calls it in threads that know nothing of `use_backend`.
+    """
+    token = FORCED.set(name or FORCED.get())
     try:
         yield
     finally:

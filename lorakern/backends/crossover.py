@@ -1,8 +1,8 @@
 """Where one GPU backend was measured to be faster than the other.
 
 A row depends on the op, the device and the layer, never on the batch: the bits of a token must not depend on who stands
-beside it. Rows are made from the page that ``make gpu`` writes, which times the backends side by side; no GPU has been
-measured so far, so there are none, and the order of `lorakern.backends` stands: CUDA, then Triton.
+beside it. Rows are made from the page that ``make gpu`` writes, which times the backends side by side. Where no row
+fits, the order of `lorakern.backends` stands: CUDA, then Triton.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,12 @@ class Crossover:
         )
 
 
-MEASURED: tuple[Crossover, ...] = ()
+_HALVES = (torch.float16, torch.bfloat16)
+
+MEASURED: tuple[Crossover, ...] = (
+    # An H200, 64 tokens, rank 16: 0.71 of CUDA's time with K = 2, 0.65 with K = 4 (benchmarks/results/gpu-h200.md).
+    Crossover("bgmv", (9, 0), "triton", _HALVES, r_max=range(1, 17), choices=range(2, 5)),
+)
 
 
 def fastest(op, capability, layer):

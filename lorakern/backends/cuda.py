@@ -109,9 +109,9 @@ def _run(op, x, A, y, B, h, indices, scale, ranks, gates, order, starts, y_offse
         target = _rows(columns)
     with _on(tensor) as (device, stream):
         module = _preloaded(device)
-        if tokens * choices <= module.UNPLANNED_PAIRS or (choices > 1 and x is None):
+        if choices > 1 and x is None:
             order = starts = None
-        elif order is None:
+        elif order is None and tokens * choices > module.UNPLANNED_PAIRS:
             order, starts = plan(indices, slots)
         sizes, dtype, d_in = (tokens, choices, slots, r_max), _DTYPES[tensor.dtype], 0 if x is None else x.shape[1]
         routing = _routing(sizes, indices, scale, ranks, gates, order, starts)

@@ -3,6 +3,7 @@
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from lorakern.backends import FORCED, forced
 from lorakern.backends.reference import unpacked
 from lorakern.ops import _checks as check
 from lorakern.ops._fast import fast
@@ -71,7 +72,7 @@ def _lora_delta_backward(dy, x, A, B, indices, scale, ranks, gates, order, start
 
 def _save_inputs(ctx, inputs, output):
     x, A, B, *rest = inputs
-    ctx.slices = len(A)
+    ctx.slices, ctx.backend = len(A), FORCED.get()
     ctx.save_for_backward(x, *A, *B, *rest)
 
 
@@ -79,7 +80,9 @@ def _delta_gradients(ctx, dy):
     x, *rest = ctx.saved_tensors
     A, B, rest = rest[: ctx.slices], rest[ctx.slices : 2 * ctx.slices], rest[2 * ctx.slices :]
     indices, scale, ranks, gates, order, starts = rest
-    dx, dA, dB, dscale, dgates = _lora_delta_backward(dy, x, A, B, indices, scale, ranks, gates, order, starts)
+    with forced(ctx.backend):
+        gradients = _lora_delta_backward(dy, x, A, B, indices, scale, ranks, gates, order, starts)
+    dx, dA, dB, dscale, dgates = gradients
     return (
         dx,
         dA,

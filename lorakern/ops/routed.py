@@ -3,6 +3,7 @@
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from lorakern.backends import FORCED, forced
 from lorakern.ops import _checks as check
 from lorakern.ops._fast import fast
 from lorakern.ops._library import backend_for, define, mark_written
@@ -89,7 +90,7 @@ def _routed_delta_backward(dy, x, A, B, router_A, cores, indices, scale, ranks, 
 
 def _save_inputs(ctx, inputs, output):
     x, *slices = inputs[:5]
-    ctx.slices = len(slices[0])
+    ctx.slices, ctx.backend = len(slices[0]), FORCED.get()
     ctx.save_for_backward(x, *(tensor for tensors in slices for tensor in tensors), *inputs[5:])
 
 
@@ -97,7 +98,8 @@ def _delta_gradients(ctx, dy):
     x, *rest = ctx.saved_tensors
     slices = [rest[i * ctx.slices : (i + 1) * ctx.slices] for i in range(4)]
     indices, scale, ranks, order, starts = rest[4 * ctx.slices :]
-    *gradients, dscale = _routed_delta_backward(dy, x, *slices, indices, scale, ranks, order, starts)
+    with forced(ctx.backend):
+        *gradients, dscale = _routed_delta_backward(dy, x, *slices, indices, scale, ranks, order, starts)
     return *gradients, None, None if scale is None else dscale, None, None, None
 
 

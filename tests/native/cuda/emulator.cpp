@@ -445,22 +445,45 @@ void check_shared(const char* what, Site site, const void* address, size_t bytes
   }
 }
 
-void store_shared_of(Site site, uint32_t rank, void* address, const void* value, size_t bytes) {
-  constexpr const char* kWhat = "store_shared_of";
-  check_shared(kWhat, site, address, bytes);
+static char* shared_of(const char* what, Site site, uint32_t rank, void* address, size_t bytes) {
+  check_shared(what, site, address, bytes);
   Block& mine = *machine.current->block;
-  if (rank >= cluster_size()) fail(site, "%s: rank %u in a cluster of %u", kWhat, rank, cluster_size());
+  if (rank >= cluster_size()) fail(site, "%s: rank %u in a cluster of %u", what, rank, cluster_size());
   Block& other = *machine.blocks[rank];
-  if (!other.started) fail(site, "%s: block %u of the cluster may not have started", kWhat, rank);
-  if (other.exited == static_cast<int>(other.threads.size())) fail(site, "%s: block %u has exited", kWhat, rank);
+  if (!other.started) fail(site, "%s: block %u of the cluster may not have started", what, rank);
+  if (other.exited == static_cast<int>(other.threads.size())) fail(site, "%s: block %u has exited", what, rank);
   auto* target = static_cast<char*>(address);
   if (&other != &mine) {
     const bool dynamic = mine.dynamic.holds(address, bytes);
     target = dynamic ? other.dynamic.begin + (target - mine.dynamic.begin)
                      : other.statics.data() + (target - machine.static_shared.begin);
   }
+  return target;
+}
+
+void store_shared_of(Site site, uint32_t rank, void* address, const void* value, size_t bytes) {
+  char* target = shared_of("store_shared_of", site, rank, address, bytes);
   races::writes(target, bytes);
   memcpy(target, value, bytes);
+}
+
+void expect_bytes(Site site, uint64_t* counter, int bytes) {
+  check_shared("expect_bytes", site, counter, sizeof *counter);
+  *counter = bytes;
+}
+
+void send_to(Site site, uint32_t rank, void* address, const void* value, size_t bytes, uint64_t* counter) {
+  char* target = shared_of("send_to", site, rank, address, bytes);
+  races::writes(target, bytes);
+  memcpy(target, value, bytes);
+  auto* left = reinterpret_cast<uint64_t*>(shared_of("send_to", site, rank, counter, sizeof *counter));
+  if (*left < bytes) fail(site, "send_to: more bytes than block %u expects", rank);
+  *left -= bytes;
+}
+
+void await_bytes(Site site, uint64_t* counter) {
+  meet_cluster(site);
+  if (*counter != 0) fail(site, "await_bytes: %llu bytes are missing", static_cast<unsigned long long>(*counter));
 }
 
 static void arrive(const Copy& copy) {

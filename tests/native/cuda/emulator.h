@@ -6,6 +6,7 @@
 //   LORAKERN_EMULATOR_SEED    an integer (0): the order of blocks, warps and lanes
 //   LORAKERN_EMULATOR_COPIES  late (the default) or early: when cp.async copies
 //   LORAKERN_EMULATOR_ARCH    90 (the default) or 80
+//   LORAKERN_EMULATOR_MULTIPROCESSORS  of the device; read when a module first asks
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -62,6 +63,11 @@ void check_shared(const char* what, Site site, const void* address, size_t bytes
 
 // The place in the shared memory of block `rank` of the cluster that `address` is in this block's.
 void store_shared_of(Site site, uint32_t rank, void* address, const void* value, size_t bytes);
+
+// See csrc/cuda/ptx.cuh. The counter of a block is anywhere in its shared memory.
+void expect_bytes(Site site, uint64_t* counter, int bytes);
+void send_to(Site site, uint32_t rank, void* address, const void* value, size_t bytes, uint64_t* counter);
+void await_bytes(Site site, uint64_t* counter);
 
 void copy_async(Site site, void* shared, const void* global, int bytes);
 void commit_copies();

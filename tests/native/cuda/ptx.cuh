@@ -18,6 +18,10 @@ namespace lorakern::cuda {
 
 using emulator::Site;
 
+using Shared = char*;
+
+inline Shared shared_place(void* pointer) { return static_cast<char*>(pointer); }
+
 inline void copy_async(void* shared, const void* global, int bytes, Site site = Site::here()) {
   emulator::copy_async(site, shared, global, bytes);
 }
@@ -56,6 +60,20 @@ inline void store_shared_of(uint32_t rank, float* shared, float value, Site site
 inline void store_shared_of(uint32_t rank, float4* shared, float4 value, Site site = Site::here()) {
   emulator::store_shared_of(site, rank, shared, &value, sizeof value);
 }
+
+inline void cluster_meet(Site site = Site::here()) { emulator::meet_cluster(site); }
+
+// What is sent arrives at once, and is waited for until all of the cluster do: `arrivals` shows whether it was counted
+// right, not whether anybody reads too early.
+inline void expect_bytes(uint64_t* arrivals, int bytes, Site site = Site::here()) {
+  emulator::expect_bytes(site, arrivals, bytes);
+}
+
+inline void send_to(uint32_t rank, float2* shared, float2 value, uint64_t* arrivals, Site site = Site::here()) {
+  emulator::send_to(site, rank, shared, &value, sizeof value, arrivals);
+}
+
+inline void await_bytes(uint64_t* arrivals, Site site = Site::here()) { emulator::await_bytes(site, arrivals); }
 
 inline char* dynamic_shared() { return emulator::dynamic_shared(); }
 

@@ -152,7 +152,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int num
       *value = kShared;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = d.multiprocessors;
+      *value = static_cast<int>(emulator::setting("LORAKERN_EMULATOR_MULTIPROCESSORS", d.multiprocessors));
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = d.l2;
