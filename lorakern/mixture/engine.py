@@ -10,6 +10,7 @@ import torch
 
 from lorakern.errors import LorakernError
 from lorakern.integrations.packed import PackedModel, Piece
+from lorakern.mixture._threads import release_team
 from lorakern.mixture.layers import MixtureLayers, tokens_of
 from lorakern.mixture.pool import AdapterPool, Entry
 
@@ -119,6 +120,7 @@ class Engine:
                         break
                     self._admit()
                     if not any(self._ready(request) for request in self._running):
+                        release_team()
                         self._wake.wait()
                         continue
                 for _ in range(_BLOCKS_A_STEP):

@@ -9,6 +9,7 @@ from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.integrations.packed import PackedModel
 from lorakern.mixture._checks import check_texts
+from lorakern.mixture._threads import release_team
 from lorakern.mixture.engine import Engine, Generation, Request
 from lorakern.mixture.layers import MixtureLayers
 from lorakern.mixture.pool import Source
@@ -253,6 +254,7 @@ class MixtureModel:
             Request(prompt, found, max_new_tokens, tuple(text for text in stop if text), listener)
             for prompt, found, listener in zip(tokens, entries, listeners, strict=True)
         ]
+        release_team()
         self._engine.submit(requests)
         return [Ticket(self._engine, request) for request in requests]
 

@@ -12,6 +12,7 @@ from lorakern.adapters import LoraAdapter, LoraFactors
 from lorakern.adapters.json_file import show
 from lorakern.errors import LorakernError
 from lorakern.mixture._checks import check_name
+from lorakern.mixture._threads import release_team
 from lorakern.mixture.layers import MixtureLayers
 
 Source = Mapping[str, LoraFactors] | str | os.PathLike[str]
@@ -162,4 +163,5 @@ class AdapterPool:
                 with self._lock:
                     entry.ready = True
                     self._drop_if_unused(entry)
+            release_team()
             self._on_ready()
