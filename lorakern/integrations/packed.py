@@ -1,8 +1,8 @@
 """A causal language model of transformers that runs the tokens of many sequences in one forward, packed."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -33,15 +33,17 @@ class Packing:
     """Where the tokens of a forward are: what attention needs, the same in every layer.
 
     Attributes:
-        rows, positions: (n,) int64, of the n tokens that are none of the padding.
-        pieces: of more than one token, each as (piece, its first token in the forward).
-        groups: of single tokens whose caches are read to the same length: (tokens, rows, length, mask).
+        places: (n,) int64, of the n tokens that are none of the padding, where a layer's cache has them: row and
+            position as one index.
+        pieces: of a forward over prompts: (first token, piece, mask).
+        runs: of a forward over single tokens, those that are neighbours in the cache and see the same length of it:
+            (first token, its row, mask).
+        A mask is added to the scores: (1, 1, tokens, length) and (rows, 1, 1, length).
     """
 
-    rows: torch.Tensor
-    positions: torch.Tensor
-    pieces: list[tuple[Piece, int]] = field(default_factory=list)
-    groups: list[tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]] = field(default_factory=list)
+    places: torch.Tensor
+    pieces: list[tuple[int, Piece, torch.Tensor]] = field(default_factory=list)
+    runs: list[tuple[int, int, torch.Tensor]] = field(default_factory=list)
 
 
 class PackedModel:
@@ -96,24 +98,20 @@ class PackedModel:
         positions = [position for piece in pieces for position in range(piece.start, piece.end)]
         rows = [piece.row for piece in pieces for _ in piece.tokens]
         padding = [0] * (size - len(tokens))
-        packing = Packing(torch.tensor(rows, device=device), torch.tensor(positions, device=device))
-        first, last, single = 0, [], defaultdict(list)
-        for piece in pieces:
-            # in a forward over prompts a piece of one token is a piece like any other
-            if size == self.block:
-                packing.pieces.append((piece, first))
-            else:
-                single[-(-piece.end // _BUCKET) * _BUCKET].append((first, piece))
-            first += len(piece.tokens)
-            last.append(first - 1)
-        for length, members in single.items():
-            ends = torch.tensor([piece.end for _, piece in members], device=device)
-            packing.groups.append((
-                torch.tensor([token for token, _ in members], device=device),
-                torch.tensor([piece.row for _, piece in members], device=device),
-                length,
-                (torch.arange(length, device=device) < ends[:, None])[:, None, None],
-            ))  # fmt: skip
+        places = [row * self._capacity + position for row, position in zip(rows, positions, strict=True)]
+        packing = Packing(torch.tensor(places, device=device))
+        firsts = [0, *accumulate(len(piece.tokens) for piece in pieces)]
+        # in a forward over prompts a piece of one token is a piece like any other
+        if size == self.block:
+            for first, piece in zip(firsts, pieces, strict=False):
+                ends = range(piece.start + 1, piece.end + 1)
+                packing.pieces.append((first, piece, self._mask(ends, piece.end)[None, None]))
+        else:
+            for (offset, buckets), members in groupby(enumerate(pieces), _neighbours):
+                ends = {first: piece.end for first, piece in members}
+                mask = self._mask(ends.values(), buckets * _BUCKET)[:, None, None]
+                packing.runs.append((min(ends), min(ends) + offset, mask))
+        last = [first - 1 for first in firsts[1:]]
         keep = torch.tensor(last + [0] * (self.max_rows - len(last)), device=device)
         config, was = self.model.config, self.model.config._attn_implementation
         config._attn_implementation = _NAME
@@ -130,11 +128,17 @@ class PackedModel:
         return logits[0, : len(last)]
 
     def cached(self, layer: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a layer, each (rows, heads, capacity, head_dim)."""
+        """Keys and values of a layer, each (rows, capacity, heads, head_dim)."""
         if layer not in self._cache:
-            shape = self.max_rows, like.shape[1], self._capacity, like.shape[3]
+            shape = self.max_rows, self._capacity, like.shape[1], like.shape[3]
             self._cache[layer] = like.new_zeros(shape), like.new_zeros(shape)
         return self._cache[layer]
+
+    def _mask(self, ends: Iterable[int], length: int) -> torch.Tensor:
+        """(ends, length) in the model's dtype: 0 before an end, minus infinity from it on."""
+        ends = torch.tensor(list(ends), device=self.model.device)
+        mask = torch.zeros(len(ends), length, dtype=self.model.dtype, device=ends.device)
+        return mask.masked_fill_(torch.arange(length, device=ends.device) >= ends[:, None], -torch.inf)
 
     def _grow(self, length: int) -> None:
         """Room for `length` tokens, in whole buckets."""
@@ -143,8 +147,14 @@ class PackedModel:
             return
         self._capacity = max(length, min(2 * self._capacity, -(-self.max_tokens // _BUCKET) * _BUCKET))
         for layer, pair in self._cache.items():
-            missing = self._capacity - pair[0].shape[2]
-            self._cache[layer] = tuple(F.pad(tensor, (0, 0, 0, missing)) for tensor in pair)
+            missing = self._capacity - pair[0].shape[1]
+            self._cache[layer] = tuple(F.pad(tensor, (0, 0, 0, 0, 0, missing)) for tensor in pair)
+
+
+def _neighbours(numbered: tuple[int, Piece]) -> tuple[int, int]:
+    """The same for pieces that follow each other in a forward and in the cache, and see as many buckets of it."""
+    number, piece = numbered
+    return piece.row - number, -(-piece.end // _BUCKET)
 
 
 def _attend(
@@ -162,37 +172,21 @@ def _attend(
         raise LorakernError(f"model: its attention has {other[0]}, which packed sequences do not have yet")
     packing, model = lorakern_packing
     keys, values = model.cached(module.layer_idx, key)
-    count = len(packing.rows)
-    keys[packing.rows, :, packing.positions] = key[0, :, :count].transpose(0, 1)
-    values[packing.rows, :, packing.positions] = value[0, :, :count].transpose(0, 1)
+    count = len(packing.places)
+    for cache, new in ((keys, key), (values, value)):
+        cache.flatten(0, 1).index_copy_(0, packing.places, new[0, :, :count].transpose(0, 1))
     out = query.new_zeros(query.shape[2], query.shape[1], query.shape[3])
-    for piece, first in packing.pieces:
+    for first, piece, mask in packing.pieces:
         span = slice(first, first + len(piece.tokens))
-        own = slice(piece.row, piece.row + 1)
-        mask = None
-        if piece.start:
-            positions = torch.arange(piece.end, device=query.device)
-            mask = positions <= positions[piece.start :, None]
-        seen = F.scaled_dot_product_attention(
-            query[:, :, span],
-            keys[own, :, : piece.end],
-            values[own, :, : piece.end],
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        out[span] = seen[0].transpose(0, 1)
-    for tokens, rows, length, mask in packing.groups:
-        seen = F.scaled_dot_product_attention(
-            query[0, :, tokens].transpose(0, 1)[:, :, None],
-            keys[rows, :, :length],
-            values[rows, :, :length],
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=True,
-        )
-        out[tokens] = seen[:, :, 0]
+        seen = (cache[piece.row, None, : piece.end].transpose(1, 2) for cache in (keys, values))
+        found = F.scaled_dot_product_attention(query[:, :, span], *seen, mask, scale=scaling, enable_gqa=True)
+        out[span] = found[0].transpose(0, 1)
+    for first, row, mask in packing.runs:
+        span, rows = slice(first, first + len(mask)), slice(row, row + len(mask))
+        seen = (cache[rows, : mask.shape[3]].transpose(1, 2) for cache in (keys, values))
+        # the queries that share a head of keys are as good as so many tokens
+        grouped = query[0, :, span].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+        out[span] = F.scaled_dot_product_attention(grouped, *seen, mask, scale=scaling).flatten(1, 2)
     return out[None], None
 
 

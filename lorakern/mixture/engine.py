@@ -198,6 +198,8 @@ class Engine:
         rows = [request for request in self._running if request.done == len(request.prompt)]
         if not rows:
             return
+        # neighbours in the cache are read at once
+        rows.sort(key=lambda request: request.row)
         chosen = [(r, Piece(r.row, len(r.prompt) + len(r.tokens) - 1, r.tokens[-1:])) for r in rows]
         tokens = self._tokens(chosen, self._packed.max_rows, watch=False)
         with self._layers.run(tokens):
