@@ -228,7 +228,7 @@ def test_learned_parameters_get_the_gradient_of_the_formula(mode):
 def test_gates_are_watched(mode):
     rows = [row[:1] for row in ROWS] if mode == "selection" else ROWS
     _, tokens = mixture_of(mode, x_of(LENGTHS), rows, LENGTHS, watch=True)
-    sums, number = tokens.watch
+    sums, number = tokens.watched()
     served = torch.tensor([bool(row) for row in rows]).repeat_interleave(torch.tensor(LENGTHS))
     assert torch.equal(number[:, 0] > 0, served)
     if mode != "lora_flow":

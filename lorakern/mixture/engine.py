@@ -181,13 +181,14 @@ class Engine:
         tokens = self._tokens(chosen, block, watch=True)
         with self._layers.run(tokens):
             logits = self._packed.prefill([piece for _, piece in chosen])
+        gates, layers = tokens.watched()
         first = 0
         for (request, piece), row in zip(chosen, logits.argmax(1).tolist(), strict=True):
             span = slice(first, first + len(piece.tokens))
             first += len(piece.tokens)
-            sums = tokens.watch[0][span].sum(0)
+            sums = gates[span].sum(0)
             request.sums = sums if request.sums is None else request.sums + sums
-            request.layers += float(tokens.watch[1][span].sum())
+            request.layers += float(layers[span].sum())
             request.done = piece.end
             self.prompted += len(piece.tokens)
             if request.done == len(request.prompt):

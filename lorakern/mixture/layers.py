@@ -186,5 +186,5 @@ def tokens_of(
         pooled=torch.tensor([*marks, *[False] * padding], dtype=torch.bool).to(device),
         count=len(rows) if count is None else count,
         memory=memory,
-        watch=(torch.zeros(size, width, device=device), torch.zeros(size, 1, device=device)) if watch else None,
+        watch=[] if watch else None,
     )

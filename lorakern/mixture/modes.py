@@ -41,7 +41,7 @@ class Tokens:
         count: how many sequences there are.
         memory: gates of a layer by sequence, (count, K), kept over forwards; None where a forward has all of them.
         by_block: what was computed at the input of a decoder layer for all its modules.
-        watch: None, or the sums of gates over layers, (T, K), with the number of layers, (T, 1).
+        watch: None, or what each layer adds as it runs: its gates, (T, K), and its ranks, (slots,).
     """
 
     indices: torch.Tensor
@@ -52,11 +52,17 @@ class Tokens:
     count: int
     memory: dict[str, torch.Tensor] | None = None
     by_block: dict[str, torch.Tensor] = field(default_factory=dict)
-    watch: tuple[torch.Tensor, torch.Tensor] | None = None
+    watch: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def present(self) -> torch.Tensor:
         return self.indices >= 0
+
+    def watched(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gates summed over the layers where a token has an adapter, (T, K) floats, and their number, (T, 1)."""
+        gates, ranks = (torch.stack(tensors) for tensors in zip(*self.watch, strict=True))
+        live = ((ranks[:, self.indices.clamp(min=0).long()] > 0) & self.present).any(2, keepdim=True)
+        return (gates * live).sum(0), live.sum(0)
 
 
 class Layer(NamedTuple):
@@ -415,8 +421,5 @@ def _add(y: torch.Tensor, x: torch.Tensor, bank: Bank, tokens: Tokens, gates: to
 
 
 def _watch(tokens: Tokens, gates: torch.Tensor, bank: Bank) -> None:
-    """Add the gates of a layer to the sums, for the tokens that have an adapter there."""
     if tokens.watch is not None:
-        live = ((bank.ranks[tokens.indices.clamp(min=0).long()] > 0) & tokens.present).any(1, keepdim=True)
-        tokens.watch[0].add_(gates * live)
-        tokens.watch[1].add_(live)
+        tokens.watch.append((gates, bank.ranks))
