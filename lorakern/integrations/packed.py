@@ -66,7 +66,7 @@ class PackedModel:
     Tokens of many requests in one batch as in Orca and vLLM (arXiv 2309.06180), with one contiguous cache a row.
     """
 
-    def __init__(self, model: torch.nn.Module, *, max_rows: int = 16, block: int = 64, max_tokens: int = 2048) -> None:
+    def __init__(self, model: torch.nn.Module, *, max_rows: int = 16, block: int = 128, max_tokens: int = 2048) -> None:
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "lm_head") or not hasattr(config, "_attn_implementation"):
             raise LorakernError(f"model must be a causal language model of transformers; got {type(model).__name__}")

@@ -14,7 +14,7 @@ from lorakern.mixture._threads import release_team
 from lorakern.mixture.layers import MixtureLayers, tokens_of
 from lorakern.mixture.pool import AdapterPool, Entry
 
-_BLOCKS_A_STEP = 4  # forwards over prompts between two steps of the rows that decode
+_BLOCKS_A_STEP = 3  # forwards over prompts between two steps of the rows that decode
 
 
 @dataclass(frozen=True)
