@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,8 @@ PROGRAM = ["tests/native/concurrent.cpp", "-std=c++17", "-Icsrc", "-O1", "-g1", 
 TESTS = [
     "bgmv",
     "autograd",
+    "routed",
+    "routed_autograd",
     "gram",
     "kmeans",
     "kmeans_steps",
@@ -154,13 +157,9 @@ def cuda_races(fixed):
             fail(f"CUDA threads race:\n{silent}")
 
 
-def main():
-    preload = f"{runtime('libasan.so')} {runtime('libstdc++.so')}"  # libstdc++: ASan wraps its throw when it starts
-    runtime("libubsan.so"), runtime("libtsan.so")
-    check_masked()
-    build("build/asan", "address,undefined,float-divide-by-zero,float-cast-overflow")
+def thread_sanitizer():
+    """The C++ program and the CUDA kernels."""
     build("build/tsan", "thread")
-
     # ThreadSanitizer's shadow memory has fixed addresses, which some kernels' address randomisation hits.
     fixed = ["setarch", "-R"] if run("sh", "-c", "setarch -R true 2> /dev/null") == 0 else []
     planted = subprocess.run([*fixed, "build/tsan/concurrent", "race"], cwd=ROOT, capture_output=True, text=True)
@@ -171,7 +170,12 @@ def main():
         fail("concurrent calls are not clean under ThreadSanitizer")
     cuda_races(fixed)
 
-    print("the same under AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer:", flush=True)
+
+def address_sanitizer():
+    """The C++ program and the Python tests."""
+    preload = f"{runtime('libasan.so')} {runtime('libstdc++.so')}"  # libstdc++: ASan wraps its throw when it starts
+    build("build/asan", "address,undefined,float-divide-by-zero,float-cast-overflow")
+    print("concurrent calls under AddressSanitizer, UndefinedBehaviorSanitizer and LeakSanitizer:", flush=True)
     if run("build/asan/concurrent", ASAN_OPTIONS="detect_leaks=1:detect_stack_use_after_return=1"):
         fail("concurrent calls are not clean under AddressSanitizer")
     lib = "build/asan/lib"
@@ -179,6 +183,14 @@ def main():
     paths = {"LD_PRELOAD": preload, "PYTHONPATH": lib, "PYTHONSAFEPATH": "1"}
     if run(sys.executable, __file__, lib, **options, **paths):
         fail("the CPU tests are not clean")
+
+
+def main():
+    runtime("libubsan.so"), runtime("libtsan.so")
+    check_masked()
+    with ThreadPoolExecutor() as pool:  # most of each is one thread's work
+        for chain in [pool.submit(address_sanitizer), pool.submit(thread_sanitizer)]:
+            chain.result()
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ constexpr int kBlocksEach = 6;
 
 constexpr int kPortableCluster = 8;
 
-// decode.cuh serves up to so many pairs, or so many to a slot on average, prefill.cuh the rest; a cluster grows while
+// decode.cuh serves up to so many pairs, or one to a slot on average, prefill.cuh the rest; a cluster grows while
 // there are at most so many blocks to a multiprocessor. Chosen on an H200.
 constexpr int kDecodePairs = 512;
-constexpr int kDecodeEach = 4;
 constexpr double kDecodeBlocksEach = 1.7;  // two have room, but clusters do not fill every multiprocessor
 constexpr double kPrefillBlocksEach = 2.1;
 
@@ -151,7 +150,7 @@ struct Launcher {
   cudaError_t grouped() const {
     if constexpr (sizeof(T) == 2) {
       if (in_chunks_of_16()) {
-        const bool few = pairs() <= std::max<int64_t>(kDecodePairs, kDecodeEach * p.routing.num_slots);
+        const bool few = pairs() <= std::max<int64_t>(kDecodePairs, p.routing.num_slots);
         if (few && device.max_cluster > 1) return decode();
         if (!few && in_one_launch()) return prefill();
       }
