@@ -116,7 +116,7 @@ void run_shrink(const LoraParams& p, const Variant& variant, int threads) {
 void shrink(LoraParams p, const Indices& indices, int threads) {
   check_ranks(p);
   complete_plan(p, indices);
-  std::memset(p.h, 0, h_size(p) * sizeof(float));
+  std::fill_n(p.h, h_size(p), 0.0f);
   run_shrink(p, variant_for(p.dtype), threads);
 }
 
