@@ -5,8 +5,11 @@ import torch
 from mixture_models import Letters, adapters, tiny
 
 from lorakern.errors import LorakernError
-from lorakern.mixture import train_router
+from lorakern.merge._batches import Batches
+from lorakern.mixture import Routers, train_router
 from lorakern.mixture.modes import MODES
+from lorakern.mixture.router_start import read_differences
+from lorakern.mixture.router_training import _Run
 
 DATA = [{"prompt": f"{letter}{letter}", "answer": letter * 4} for letter in "abcdef"]
 
@@ -52,10 +55,37 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
         train(state=tmp_path, lr=0.01)
 
 
-def test_dropout_leaves_two():
-    from lorakern.mixture.router_training import _Run
-    from lorakern.mixture.routers import Routers
+def test_the_router_starts_to_read_what_tells_examples_apart():
+    model, batches = tiny(), Batches("test", DATA, Letters(), 4, 64)
+    inputs = []
+    layer = model.model.layers[1].self_attn.v_proj
+    hook = layer.register_forward_pre_hook(lambda _, x: inputs.append(x[0].double().mean(1)))
+    for batch in batches.epoch():
+        model(batch["input_ids"])
+    hook.remove()
+    x = torch.cat(inputs)
+    drawn, found = (Routers.init(model, "ramole", rank=8) for _ in range(2))
+    read_differences(model.train(), found, batches.epoch())
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    path = "model.layers.1.self_attn.v_proj"
+    A = found.layers[path]["A"].double()
+    apart = x - x.mean(0)
+    assert len(x) == len(DATA) == 6
+    # five differences of six examples, one of which may lie along the mean
+    assert (A[:5] @ x.mean(0)).abs().max() < 1e-5
+    torch.testing.assert_close((apart @ A[:5].T).square().mean(0), torch.ones(5).double(), rtol=1e-4, atol=0)
+    assert torch.equal(A[5:].float(), drawn.layers[path]["A"][5:])
+    assert torch.equal(found.layers[path]["B"], drawn.layers[path]["B"])
 
+
+def test_examples_that_are_alike_leave_the_router_as_it_was_drawn():
+    model, batches = tiny(), Batches("test", DATA[:1] * 4, Letters(), 2, 64)
+    drawn, found = (Routers.init(model, "ramole", rank=3) for _ in range(2))
+    read_differences(model, found, batches.epoch())
+    assert all(torch.equal(tensor, drawn.parameters()[name]) for name, tensor in found.parameters().items())
+
+
+def test_dropout_leaves_two():
     model = tiny()
     made = adapters(model, 4)
     run = _Run(model, made, Routers.init(model, "ramole"), 0.6, 0)

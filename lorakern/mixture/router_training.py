@@ -4,6 +4,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from lorakern.merge._arguments import check_integer, check_number
 from lorakern.merge._batches import IGNORED, Batch, Batches
 from lorakern.merge.soups import loss_of
 from lorakern.mixture.layers import MixtureLayers, tokens_of
+from lorakern.mixture.router_start import read_differences
 from lorakern.mixture.routers import Routers, mode_named
 from lorakern.mixture.training_state import TrainingState
 
 Progress = Callable[[int, int, float], None]
 _OP = "train_router"
 _SURVIVORS = 2
+_START_BATCHES = 16
 
 
 def train_router(
@@ -48,7 +51,9 @@ def train_router(
 
     In every step and row each adapter is left out with probability `dropout`, at least two stay: otherwise the router
     learns to name the one adapter of each task, and is lost where that one is missing (random LoRA dropout of RAMoLE).
-    AdamW; the learning rate rises linearly over the warm-up and falls as a cosine to 0 at the end.
+    Rows without the adapter of their task have by far the highest loss, so that much dropout teaches little else.
+    AdamW; the learning rate rises linearly over the warm-up and falls as a cosine to 0 at the end. "ramole" starts with
+    an A that reads the directions in which the inputs of examples differ most, see `read_differences`.
 
     Args:
         model: a causal language model of transformers. On return, and on any error, it is what it was.
@@ -96,6 +101,9 @@ def train_router(
     arguments = given | {"mode": mode, "lr": lr, "clip": clip, "dropout": dropout, "seed": seed}
     arguments |= {"adapters": {name: _digest(adapter) for name, adapter in adapters.items()}, "batches": len(batches)}
     file = None if state is None else TrainingState(state, _OP, arguments)
+    if mode == "ramole":
+        order = torch.Generator().manual_seed(seed)
+        read_differences(model, routers, islice(batches.epoch(order), _START_BATCHES))
     run = _Run(model, adapters, routers, dropout, seed)
     try:
         with torch.inference_mode(False), torch.enable_grad():
