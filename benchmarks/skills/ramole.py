@@ -29,6 +29,8 @@ K, SAMPLES, TRAIN_SHARE = 3, 20, 0.4
 MODES = ("selection", "fusion", "mixture", "ramole", "arrow")
 BASE, ORACLE = "base model", "oracle"
 INSIDE, OUTSIDE = "in-distribution", "out-of-distribution"
+# The modes that are also asked in smaller pools.
+CURVES = ("mixture", "ramole")
 ENCODERS = "as it is", "trained"
 KS = (1, K)
 Report = Callable[[str], None]
@@ -51,6 +53,7 @@ class Settings:
     router_examples: int
     router_rank: int
     router_rate: float
+    router_dropout: float
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(vars(self) | {"k": K, "samples": SAMPLES, "share": TRAIN_SHARE, "modes": MODES}))
@@ -117,6 +120,7 @@ def measured(wanted: Settings, seed: int, folder: Path, runs: Path, model, route
         rank=wanted.router_rank,
         steps=wanted.router_steps,
         lr=wanted.router_rate,
+        dropout=wanted.router_dropout,
         seed=seed,
         state=runs / f"router-{seed}",
         save_every=20,
@@ -140,12 +144,12 @@ def accuracies(encoder, samples: Mapping[str, Sequence[str]], questions: Mapping
 
 
 def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder, model, tokenizer, report) -> dict:
-    """Exact match of every mode by skill, in the whole pool and in smaller ones; weights of own adapters."""
+    """Exact match of every mode by skill, in the whole pool and in smaller ones; weights of own adapters by skill."""
     exact: dict[str, dict[str, dict[str, float]]] = {}
     pools: dict[str, dict[str, float]] = {}
-    own: dict[str, float] = {}
+    own: dict[str, dict[str, float]] = {}
     for mode in MODES:
-        for size in (*wanted.pools, len(wanted.skills)):
+        for size in (*(wanted.pools if mode in CURVES else ()), len(wanted.skills)):
             pool = wanted.pool(seed, size)
             whole = size == len(wanted.skills)
             retriever = LoraRetriever(encoder)
@@ -161,7 +165,9 @@ def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder
                 if not whole:
                     continue
                 exact.setdefault(mode, {})[INSIDE] = inside
-                own[mode] = statistics.mean(g.adapters.get(name, 0.0) for name, row in found.items() for g in row)
+                own[mode] = {
+                    name: statistics.mean(g.adapters.get(name, 0.0) for g in row) for name, row in found.items()
+                }
                 report(f"seed {seed}: {mode}, own adapter removed")
                 exact[mode][OUTSIDE] = matched(replies(mixture, questions, exclude=True), questions)
                 if mode == "selection":
