@@ -36,7 +36,7 @@ def test_the_loss_falls_and_the_model_is_given_back(mode):
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
-    whole, losses = train()
+    whole, losses = train(empty=2)
 
     class Stop(Exception):
         pass
@@ -46,13 +46,13 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        train(state=tmp_path, save_every=3, progress=stop)
-    again, more = train(state=tmp_path)
+        train(state=tmp_path, save_every=3, progress=stop, empty=2)
+    again, more = train(state=tmp_path, empty=2)
     assert more == losses
     for name, tensor in whole.parameters().items():
         assert torch.equal(tensor, again.parameters()[name])
     with pytest.raises(LorakernError, match="other lr"):
-        train(state=tmp_path, lr=0.01)
+        train(state=tmp_path, lr=0.01, empty=2)
 
 
 def test_the_router_starts_to_read_what_tells_examples_apart():
@@ -85,10 +85,33 @@ def test_examples_that_are_alike_leave_the_router_as_it_was_drawn():
     assert all(torch.equal(tensor, drawn.parameters()[name]) for name, tensor in found.parameters().items())
 
 
+def test_an_empty_adapter_takes_its_share_and_adds_nothing():
+    model, made = tiny(), adapters(tiny(), 2)
+    routers = Routers.init(model, "ramole")
+    for router in routers.layers.values():
+        router["B"].zero_()
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.int64), "labels": torch.ones(2, 4, dtype=torch.int64)}
+    outputs = []
+    for empty in (0, 2):
+        run = _Run(model, made, routers, 0.0, empty, 0)
+        tokens = run._tokens(batch, 0)
+        assert tokens.indices.shape == (8, 2 + empty) and (tokens.indices >= 0).all()
+        layer = model.model.layers[0].self_attn.q_proj
+        x = torch.linspace(-1, 1, 8 * layer.in_features).view(8, -1)
+        with torch.no_grad():
+            plain = layer(x)
+            with run.layers.run(tokens):
+                outputs.append(layer(x) - plain)
+        run.close()
+    # gates of 1/2 each, and of 1/4
+    torch.testing.assert_close(outputs[0], 2 * outputs[1], rtol=1e-5, atol=1e-6)
+    assert outputs[1].abs().max() > 0.01
+
+
 def test_dropout_leaves_two():
     model = tiny()
     made = adapters(model, 4)
-    run = _Run(model, made, Routers.init(model, "ramole"), 0.6, 0)
+    run = _Run(model, made, Routers.init(model, "ramole"), 0.6, 0, 0)
     batch = {"input_ids": torch.ones(50, 4, dtype=torch.int64), "labels": torch.ones(50, 4, dtype=torch.int64)}
     counts = (run._tokens(batch, 0).indices >= 0).sum(1)
     run.close()
@@ -102,6 +125,8 @@ def test_dropout_leaves_two():
         ({"mode": "soup"}, "mode must be one of"),
         ({"steps": 0}, "steps must be"),
         ({"dropout": 1.0}, "dropout must be"),
+        ({"empty": -1}, "empty must be"),
+        ({"empty": 1, "mode": "mole"}, "empty is for mode 'ramole'"),
         ({"lr": 1e30, "clip": 1e30}, "not finite"),
     ],
 )

@@ -174,6 +174,7 @@ def router(
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-3,
     warmup: Annotated[int, typer.Option(help="Steps over which the learning rate rises.")] = 10,
     dropout: Annotated[float, typer.Option(help="The probability that an adapter is left out of a row.")] = 0.5,
+    empty: Annotated[int, typer.Option(help="Adapters that add nothing in every row besides, for ramole.")] = 0,
     cutoff: Annotated[int, typer.Option(help="The most tokens of an example.")] = 256,
     seed: Seed = 0,
     state: Annotated[Path | None, typer.Option(help="Keeps what is learned; a killed run goes on there.")] = None,
@@ -198,7 +199,8 @@ def router(
     from lorakern.commands.sources import read_device, read_dtype
 
     options = {"mode": mode, "rank": rank, "steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup}
-    options |= {"dropout": dropout, "cutoff": cutoff, "seed": seed, "state": None if state is None else str(state)}
+    options |= {"dropout": dropout, "empty": empty, "cutoff": cutoff, "seed": seed}
+    options |= {"state": None if state is None else str(state)}
     work.run(
         model,
         adapters,

@@ -41,6 +41,7 @@ def train_router(
     warmup: int = 10,
     clip: float = 1.0,
     dropout: float = 0.5,
+    empty: int = 0,
     cutoff: int = 512,
     seed: int = 0,
     progress: Progress | None = None,
@@ -68,6 +69,8 @@ def train_router(
         warmup: steps over which it rises.
         clip: the norm to which gradients are cut down.
         dropout: from 0 to below 1.
+        empty: for "ramole", how many adapters that add nothing each row has besides. Their logits are 0, like those of
+            an adapter unknown to the router on average, so that the logit of a useful one has to rise above 0.
         cutoff: the most tokens of a sequence.
         seed: of the start, of the order of the examples and of what is dropped.
         progress: called as progress(done, steps, loss) after each step.
@@ -84,8 +87,10 @@ def train_router(
 
     RAMoLE: arXiv 2406.16989.
     """
-    least = {"rank": 1, "steps": 1, "batch_size": 1, "warmup": 0, "cutoff": 2, "save_every": 1, "seed": None}
-    given = {"rank": rank, "steps": steps, "batch_size": batch_size, "warmup": warmup, "cutoff": cutoff}
+    least = {"rank": 1, "steps": 1, "batch_size": 1, "warmup": 0, "empty": 0, "cutoff": 2}
+    least |= {"save_every": 1, "seed": None}
+    given = {"rank": rank, "steps": steps, "batch_size": batch_size, "warmup": warmup}
+    given |= {"empty": empty, "cutoff": cutoff}
     for name, value in (given | {"save_every": save_every, "seed": seed}).items():
         check_integer(_OP, name, value, least[name])
     check_number(_OP, "lr", lr)
@@ -96,6 +101,8 @@ def train_router(
         raise LorakernError(f"{_OP}: adapters must map at least two names to adapters, got {show(adapters)}")
     if not mode_named(mode).learned:
         raise LorakernError(f"{_OP}: mode {mode!r} learns nothing; use it as it is")
+    if empty and mode != "ramole":
+        raise LorakernError(f"{_OP}: empty is for mode 'ramole', which has no gate for each adapter; leave it out")
     batches = Batches(_OP, data, tokenizer, batch_size, cutoff)
     routers = Routers.init(model, mode, adapters=tuple(adapters), rank=rank, seed=seed)
     arguments = given | {"mode": mode, "lr": lr, "clip": clip, "dropout": dropout, "seed": seed}
@@ -104,7 +111,7 @@ def train_router(
     if mode == "ramole":
         order = torch.Generator().manual_seed(seed)
         read_differences(model, routers, islice(batches.epoch(order), _START_BATCHES))
-    run = _Run(model, adapters, routers, dropout, seed)
+    run = _Run(model, adapters, routers, dropout, empty, seed)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             losses = run.train(batches, steps, lr, warmup, clip, progress, file, save_every)
@@ -116,10 +123,12 @@ def train_router(
 class _Run:
     """The model with all adapters in slots, frozen, and the parameters that learn."""
 
-    def __init__(self, model, adapters, routers: Routers, dropout: float, seed: int) -> None:
-        self.model, self.start, self.dropout, self.seed = model, routers, dropout, seed
+    def __init__(self, model, adapters, routers: Routers, dropout: float, empty: int, seed: int) -> None:
+        self.model, self.start, self.dropout, self.empty, self.seed = model, routers, dropout, empty, seed
         self.count = len(adapters)
-        self.layers = MixtureLayers(model, routers.mode, self.count, routers)
+        # nothing is loaded into the last slot: it is that of the empty ones
+        self.slots = self.count + (empty > 0)
+        self.layers = MixtureLayers(model, routers.mode, self.slots, routers)
         self.was_training = model.training
         self.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -187,7 +196,10 @@ class _Run:
             yield from batches.epoch(generator)
 
     def _tokens(self, batch: Batch, done: int):
-        """Every row with the adapters that are not dropped in this step; its prompt is what comes before the labels."""
+        """Every row with the adapters that are not dropped in this step, and the empty ones.
+
+        Its prompt is what comes before the labels.
+        """
         rng = random.Random(f"{self.seed}/{done}")
         rows, length = batch["input_ids"].shape
         kept = []
@@ -195,12 +207,11 @@ class _Run:
             draws = [(rng.random() < self.dropout, rng.random(), slot) for slot in range(self.count)]
             stay = sum(not dropped for dropped, _, _ in draws)
             chosen = sorted(draws)[: max(stay, min(_SURVIVORS, self.count))]
-            kept.append(sorted(slot for _, _, slot in chosen))
+            kept.append([*sorted(slot for _, _, slot in chosen), *[self.count] * self.empty])
         answered = batch["labels"] != IGNORED
         prompts = answered.int().argmax(1).clamp(min=1).tolist()
-        return tokens_of(
-            kept, [length] * rows, width=self.count, slots=self.count, pooled=prompts, device=self.model.device
-        )
+        width = self.count + self.empty
+        return tokens_of(kept, [length] * rows, width=width, slots=self.slots, pooled=prompts, device=self.model.device)
 
 
 def _share_of_rate(done: int, steps: int, warmup: int) -> float:
