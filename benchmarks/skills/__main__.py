@@ -240,6 +240,7 @@ def ramole(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 60,
     rate: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
     dropout: Annotated[float, typer.Option(help="The probability that an adapter is left out of a row.")] = 0.0,
+    empty: Annotated[int, typer.Option(help="Adapters that add nothing in every row of the router.")] = 7,
     out: Annotated[Path, typer.Option(help="Folder for ramole.json, .md and .png; a run goes on there.")] = HERE,
     runs: Annotated[Path, typer.Option(help="Where what is trained lives; a killed run continues from there.")] = Path(
         "runs/ramole"
@@ -257,7 +258,7 @@ def ramole(
     if len(chosen) < 5:
         raise typer.BadParameter("it takes five skills or more, two of them to train on")
     pools = tuple(size for size in (4, 8, 12) if size < len(chosen))
-    wanted = work.Settings(tuple(chosen), count, seeds, pools, 60, 100, steps, 60, 8, rate, dropout)
+    wanted = work.Settings(tuple(chosen), count, seeds, pools, 60, 100, steps, 60, 8, rate, dropout, empty)
     out.mkdir(parents=True, exist_ok=True)
     results = work.Results(out / "ramole.json", wanted)
     router_model, tokenizer = smollm2.load()

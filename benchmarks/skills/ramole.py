@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from benchmarks.skills.evaluate import exact_match
 from benchmarks.skills.results import Stored
 from benchmarks.skills.tasks import Item, format_prompt, held_out_items, stream
@@ -24,6 +26,7 @@ from lorakern.mixture import (
     train_encoder,
     train_router,
 )
+from lorakern.mixture.layers import MixtureLayers, tokens_of
 
 K, SAMPLES, TRAIN_SHARE = 3, 20, 0.4
 MODES = ("selection", "fusion", "mixture", "ramole", "arrow")
@@ -33,6 +36,9 @@ INSIDE, OUTSIDE = "in-distribution", "out-of-distribution"
 CURVES = ("mixture", "ramole")
 ENCODERS = "as it is", "trained"
 KS = (1, K)
+# What the loss of the router is held against: gates that are all alike, and that are 1 for the own adapter.
+MEAN, ALONE = REFERENCES = "mean of all", "own alone"
+REFERENCE_EXAMPLES = 8
 Report = Callable[[str], None]
 
 
@@ -54,6 +60,7 @@ class Settings:
     router_rank: int
     router_rate: float
     router_dropout: float
+    router_empty: int
 
     def as_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(vars(self) | {"k": K, "samples": SAMPLES, "share": TRAIN_SHARE, "modes": MODES}))
@@ -121,14 +128,40 @@ def measured(wanted: Settings, seed: int, folder: Path, runs: Path, model, route
         steps=wanted.router_steps,
         lr=wanted.router_rate,
         dropout=wanted.router_dropout,
+        empty=wanted.router_empty,
         seed=seed,
         state=runs / f"router-{seed}",
         save_every=20,
         progress=lambda done, total, loss: report(f"seed {seed}: router {done}/{total} {loss:.3f}"),
     )
     record = {"seed": seed, "trained": trained, "retrieval": retrieval, "losses": losses}
+    record["references"] = references(router_model, {name: adapters[name] for name in trained}, examples, tokenizer)
     scores = answered(wanted, seed, samples, questions, folder, routers, encoder, model, tokenizer, report)
     return record | scores
+
+
+def references(model, adapters: Mapping[str, LoraAdapter], examples: list[dict[str, str]], tokenizer) -> dict:
+    """The loss of an answer's tokens with all adapters alike and with its own alone, over a few examples of each."""
+    layers = MixtureLayers(model, "mixture", len(adapters))
+    sums = dict.fromkeys(REFERENCES, 0.0)
+    count = 0
+    for slot, (name, adapter) in enumerate(adapters.items()):
+        layers.load(slot, name, layers.fit("references", name, adapter))
+    for slot in range(len(adapters)):
+        first = slot * len(examples) // len(adapters)
+        for example in examples[first : first + REFERENCE_EXAMPLES]:
+            prompt = tokenizer(example["prompt"])["input_ids"]
+            answer = [*tokenizer(example["answer"])["input_ids"], tokenizer.eos_token_id]
+            ids = torch.tensor([prompt + answer])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            count += len(answer)
+            for way, row in ((MEAN, range(len(adapters))), (ALONE, (slot,))):
+                tokens = tokens_of([list(row)], [ids.shape[1]], width=len(adapters), slots=len(adapters))
+                with torch.no_grad(), layers.run(tokens):
+                    sums[way] += model(ids, labels=labels, use_cache=False).loss.item() * len(answer)
+    layers.close()
+    return {way: total / count for way, total in sums.items()}
 
 
 def accuracies(encoder, samples: Mapping[str, Sequence[str]], questions: Mapping[str, list[Item]], trained) -> dict:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.skills.ramole import BASE, ENCODERS, INSIDE, KS, MODES, ORACLE, OUTSIDE, K, Results
+from benchmarks.skills.ramole import BASE, CURVES, ENCODERS, INSIDE, KS, MODES, ORACLE, OUTSIDE, REFERENCES, K, Results
 from benchmarks.skills.results import chain, spread, table, told, write_page
 
 HOW = """\
@@ -13,8 +14,9 @@ Exact match of greedy answers of SmolLM2-135M-Instruct in bfloat16 to held-out q
 as many adapters, by `MixtureModel`: nothing but the words of a question says which adapter it needs. The k = {k}
 adapters most like it are retrieved by MiniLM (each the mean embedding of {samples} sample questions) and composed.
 {count} questions a skill and seed. A seed also draws the {trained} skills (40 %) on which the encoder is fine-tuned
-({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions,
-rank {router_rank}, dropout of adapters 0.5); the others are unseen by both. In-distribution the pool has every skill's
+({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions, all
+{trained} adapters and {router_empty} empty ones in every row, learning rate {router_rate}, rank {router_rank}, dropout
+{router_dropout}); the others are unseen by both. In-distribution the pool has every skill's
 own adapter; out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in
 other words. The oracle is always given a question's own adapter. Means with the standard deviation over {seeds}
 seeds."""
@@ -53,8 +55,14 @@ def page(results: Results, notes: str = "") -> str:
     for where in (INSIDE, OUTSIDE):
         means = {way: mean[0] for way in reversed(EXPECTED) if (mean := _mean(results, way, where, None))}
         out.append(f"- {where}, in the order expected: {chain(means)}")
-    out += ["", "The weight that a question's own adapter has, among those retrieved, in-distribution:", ""]
-    out += [*table(list(MODES), [[told(spread([run["own"][mode] for run in runs])) for mode in MODES]]), ""]
+    said = "The weight that the own adapter of a question has, among those retrieved, in-distribution, over its tokens"
+    out += ["", said, "and all layers:", ""]
+    rows = [
+        [group, *(told(_mean_of(results, [run["own"][mode] for run in runs], trained)) for mode in MODES)]
+        for group, trained in (("trained", True), ("unseen", False))
+    ]
+    out += [*table(["questions of skills", *MODES], rows), ""]
+    out += _learning(results)
     out += ["## Retrieval", "", "How often a question's own adapter is the first, or among the first three.", ""]
     rows = [
         [state, group, *(told(spread([run["retrieval"][state][group][str(k)] for run in runs])) for k in KS)]
@@ -64,10 +72,10 @@ def page(results: Results, notes: str = "") -> str:
     out += [*table(["encoder", "questions of skills", "top-1", "top-3"], rows), ""]
     out += ["## As the pool grows", "", "Own adapters in the pool; the questions are those of its skills.", ""]
     rows = [
-        [size, *(told(spread([run["pools"][size][mode] for run in runs])) for mode in MODES)]
+        [size, *(told(spread([run["pools"][size][mode] for run in runs])) for mode in CURVES)]
         for size in runs[0]["pools"]
     ]
-    out += [*table(["adapters", *MODES], rows), "", "![exact match and pool size](ramole.png)", ""]
+    out += [*table(["adapters", *CURVES], rows), "", "![exact match and pool size](ramole.png)", ""]
     return "\n".join(out) + (f"\n{notes}" if notes else "")
 
 
@@ -89,7 +97,7 @@ def plot(results: Results):
     bars.set_ylabel("exact match, %")
     bars.set_title("solid: in-distribution, pale: own adapter removed", fontsize=9)
     sizes = list(results.runs[0]["pools"])
-    for mode in MODES:
+    for mode in CURVES:
         means = [100 * statistics.mean(run["pools"][size][mode] for run in results.runs) for size in sizes]
         curves.plot([int(size) for size in sizes], means, marker="o", color=COLORS[mode], label=mode)
     curves.set_xlabel("adapters in the pool")
@@ -102,11 +110,29 @@ def plot(results: Results):
 
 def _mean(results: Results, way: str, where: str, trained: bool | None):
     """Over the skills, and spread over the seeds; `trained` picks those trained on, or those not."""
-    values = []
+    scores = [run["exact"][way].get(where) for run in results.runs]
+    return _mean_of(results, scores, trained) if all(scores) else None
+
+
+def _mean_of(results: Results, values: Sequence[Mapping[str, float]], trained: bool | None):
+    """The same of a value for each seed and skill."""
+    means = []
+    for run, by_skill in zip(results.runs, values, strict=True):
+        means.append(statistics.mean(v for n, v in by_skill.items() if trained in (None, n in run["trained"])))
+    return spread(means)
+
+
+def _learning(results: Results) -> list[str]:
+    """How the loss of the router fell, beside what it would be with other gates."""
+    quarter = max(1, results.settings.router_steps // 4)
+    head = [f"steps {i * quarter + 1} to {(i + 1) * quarter}" for i in range(4)]
+    rows = []
     for run in results.runs:
-        if where not in run["exact"][way]:
-            return None
-        scores = run["exact"][way][where]
-        chosen = [s for name, s in scores.items() if trained is None or (name in run["trained"]) == trained]
-        values.append(statistics.mean(chosen))
-    return spread(values)
+        parts = [statistics.mean(run["losses"][i * quarter : (i + 1) * quarter]) for i in range(4)]
+        known = [run["references"][way] for way in REFERENCES]
+        rows.append([run["seed"], *(f"{value:.3f}" for value in (*known, *parts))])
+    said = [
+        "The loss of the router in training, beside that of some of the same questions with the mean of all adapters",
+        "that it is trained on, and with their own adapter alone:",
+    ]
+    return ["## Training", "", *said, "", *table(["seed", *REFERENCES, *head], rows), ""]
