@@ -230,7 +230,9 @@ def test_a_killed_iteris_goes_on_from_its_last_sweep(capsys):
 
 
 def test_router_writes_what_train_router_gives(capsys):
-    line = "router M A B --data few.jsonl -o r.safetensors --steps 4 --batch-size 2 --rank 3 --warmup 1 --empty 2 --json"
+    line = (
+        "router M A B --data few.jsonl -o r.safetensors --steps 4 --batch-size 2 --rank 3 --warmup 1 --empty 2 --json"
+    )
     got = result(capsys, *line.split(), "--plot", "loss.png")
     model, adapters, words = loaded()
     named = dict(zip("AB", adapters, strict=True))
