@@ -237,7 +237,7 @@ def ramole(
     names: Names = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a skill and seed.")] = 10,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of what is trained on, of samples and of questions.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the router.")] = 40,
     rate: Annotated[float, typer.Option(help="Learning rate of the router.")] = 1e-2,
     dropout: Annotated[float, typer.Option(help="The probability that an adapter is left out of a row.")] = 0.0,
     empty: Annotated[int, typer.Option(help="Adapters that add nothing in every row of the router.")] = 7,

@@ -177,10 +177,10 @@ def accuracies(encoder, samples: Mapping[str, Sequence[str]], questions: Mapping
 
 
 def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder, model, tokenizer, report) -> dict:
-    """Exact match of every mode by skill, in the whole pool and in smaller ones; weights of own adapters by skill."""
+    """Exact match of every mode by skill, in the whole pool and in smaller ones; the router's gates of own adapters."""
     exact: dict[str, dict[str, dict[str, float]]] = {}
     pools: dict[str, dict[str, float]] = {}
-    own: dict[str, dict[str, float]] = {}
+    own: dict[str, float] = {}
     for mode in MODES:
         for size in (*(wanted.pools if mode in CURVES else ()), len(wanted.skills)):
             pool = wanted.pool(seed, size)
@@ -198,9 +198,8 @@ def answered(wanted, seed, samples, questions, folder, routers: Routers, encoder
                 if not whole:
                     continue
                 exact.setdefault(mode, {})[INSIDE] = inside
-                own[mode] = {
-                    name: statistics.mean(g.adapters.get(name, 0.0) for g in row) for name, row in found.items()
-                }
+                if mode == "ramole":
+                    own = {name: statistics.mean(g.adapters.get(name, 0.0) for g in row) for name, row in found.items()}
                 report(f"seed {seed}: {mode}, own adapter removed")
                 exact[mode][OUTSIDE] = matched(replies(mixture, questions, exclude=True), questions)
                 if mode == "selection":

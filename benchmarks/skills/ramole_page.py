@@ -20,6 +20,9 @@ adapters most like it are retrieved by MiniLM (each the mean embedding of {sampl
 own adapter; out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in
 other words. The oracle is always given a question's own adapter. Means with the standard deviation over {seeds}
 seeds."""
+OWN = """\
+The gate that the router gives to a question's own adapter, over the tokens of the question and all layers, is {0} for
+the skills it is trained on and {1} for the others; gates that are all alike are 1/{k}."""
 EXPECTED = (ORACLE, "ramole", "mixture", "selection", "fusion")
 COLORS = {"selection": "#9aa0a6", "fusion": "#c98a2b", "mixture": "#3f9b76", "ramole": "#2f6db5", "arrow": "#8a5fb0"}
 
@@ -55,13 +58,8 @@ def page(results: Results, notes: str = "") -> str:
     for where in (INSIDE, OUTSIDE):
         means = {way: mean[0] for way in reversed(EXPECTED) if (mean := _mean(results, way, where, None))}
         out.append(f"- {where}, in the order expected: {chain(means)}")
-    said = "The weight that the own adapter of a question has, among those retrieved, in-distribution, over its tokens"
-    out += ["", said, "and all layers:", ""]
-    rows = [
-        [group, *(told(_mean_of(results, [run["own"][mode] for run in runs], trained)) for mode in MODES)]
-        for group, trained in (("trained", True), ("unseen", False))
-    ]
-    out += [*table(["questions of skills", *MODES], rows), ""]
+    gates = [told(_mean_of(results, [run["own"] for run in runs], group)) for group in (True, False)]
+    out += ["", OWN.format(*gates, k=K), ""]
     out += _learning(results)
     out += ["## Retrieval", "", "How often a question's own adapter is the first, or among the first three.", ""]
     rows = [
