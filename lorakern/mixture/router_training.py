@@ -52,7 +52,7 @@ def train_router(
 
     In every step and row each adapter is left out with probability `dropout`, at least two stay: otherwise the router
     learns to name the one adapter of each task, and is lost where that one is missing (random LoRA dropout of RAMoLE).
-    Rows without the adapter of their task have by far the highest loss, so that much dropout teaches little else.
+    Rows without it have by far the highest loss, so `dropout` also says how much they count.
     AdamW; the learning rate rises linearly over the warm-up and falls as a cosine to 0 at the end. "ramole" starts with
     an A that reads the directions in which the inputs of examples differ most, see `read_differences`.
 
