@@ -15,11 +15,10 @@ as many adapters, by `MixtureModel`: nothing but the words of a question says wh
 adapters most like it are retrieved by MiniLM (each the mean embedding of {samples} sample questions) and composed.
 {count} questions a skill and seed. A seed also draws the {trained} skills (40 %) on which the encoder is fine-tuned
 ({encoder_steps} steps of InfoNCE) and the router of RAMoLE is trained ({router_steps} steps of 8 questions, all
-{trained} adapters and {router_empty} empty ones in every row, learning rate {router_rate}, rank {router_rank}, dropout
-{router_dropout}); the others are unseen by both. In-distribution the pool has every skill's
-own adapter; out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in
-other words. The oracle is always given a question's own adapter. Means with the standard deviation over {seeds}
-seeds."""
+{trained} adapters and {router_empty} empty ones in every row, rate {router_rate}, rank {router_rank}, dropout of
+adapters {router_dropout:g}); the others are unseen by both. In-distribution the pool has every skill's own adapter;
+out-of-distribution the own adapter is not retrieved, though another one may do the same task asked in other words. The
+oracle is always given a question's own adapter. Means with the standard deviation over {seeds} seeds."""
 OWN = """\
 The gate that the router gives to a question's own adapter, over the tokens of the question and all layers, is {0} for
 the skills it is trained on and {1} for the others; gates that are all alike are 1/{k}."""
@@ -128,9 +127,6 @@ def _learning(results: Results) -> list[str]:
     for run in results.runs:
         parts = [statistics.mean(run["losses"][i * quarter : (i + 1) * quarter]) for i in range(4)]
         known = [run["references"][way] for way in REFERENCES]
-        rows.append([run["seed"], *(f"{value:.3f}" for value in (*known, *parts))])
-    said = [
-        "The loss of the router in training, beside that of some of the same questions with the mean of all adapters",
-        "that it is trained on, and with their own adapter alone:",
-    ]
-    return ["## Training", "", *said, "", *table(["seed", *REFERENCES, *head], rows), ""]
+        rows.append([str(run["seed"]), *(f"{value:.3f}" for value in (*known, *parts))])
+    said = "Loss of the router in training, and of some of its questions with all adapters alike, or the own one alone:"
+    return ["## Training", "", said, "", *table(["seed", *REFERENCES, *head], rows), ""]
