@@ -1,6 +1,8 @@
 """A thread that waits has no OpenMP workers: idle ones would slow the engine's."""
 
 import os
+import platform
+import subprocess
 import sys
 import threading
 import time
@@ -41,3 +43,35 @@ def test_a_team_ends_and_starts_anew():
     worker.join()
     torch.set_num_threads(threads)
     assert found == [1, 0, 1, 0, (2, 3.0)]
+
+
+ARENAS = """
+import ctypes, sys, threading
+from lorakern.mixture._threads import limit_arenas
+if sys.argv[1] == "limited":
+    limit_arenas(2)
+libc, meet = ctypes.CDLL(None), threading.Barrier(8)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+def work():
+    meet.wait()
+    libc.malloc(1000)
+    meet.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+file = ctypes.c_void_p(libc.fopen(sys.argv[2].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_arenas_are_limited(tmp_path):
+    """What malloc_info of glibc counts after eight threads have each allocated something at a time."""
+    counts = {}
+    for name in ("limited", "free"):
+        report = tmp_path / name
+        done = subprocess.run([sys.executable, "-c", ARENAS, name, str(report)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        counts[name] = report.read_text().count("<heap ")
+    assert counts["limited"] <= 2 < counts["free"]
