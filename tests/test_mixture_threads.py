@@ -47,7 +47,7 @@ def test_a_team_ends_and_starts_anew():
 
 ARENAS = """
 import ctypes, sys, threading
-from lorakern.mixture._threads import limit_arenas
+from lorakern.serve.run import limit_arenas
 if sys.argv[1] == "limited":
     limit_arenas(2)
 libc, meet = ctypes.CDLL(None), threading.Barrier(8)

@@ -204,11 +204,7 @@ struct DecodeBlock {
     h = received + decode_values(R, blocks) * R * S::kTokens;
   }
 
-  static __device__ __forceinline__ int advance(int& at) {
-    const int now = at;
-    at = now == kRingBytes - S::kStageBytes ? 0 : now + S::kStageBytes;
-    return now;
-  }
+  static __device__ __forceinline__ int advance(int& at) { return next_stage<S::kStages, S::kStageBytes>(at); }
 
   // The oldest tile of the ring, which all lanes see. Nobody reads the one before it any more.
   __device__ __forceinline__ int next() {

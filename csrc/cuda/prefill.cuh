@@ -88,11 +88,7 @@ struct PrefillBlock {
   static __device__ __forceinline__ int x_row(int i) { return warp() * 16 + i * 4 + lane() / 8; }
   static __device__ __forceinline__ int y_row(int i) { return warp() * 16 + i * 8 + lane() / 4; }
 
-  static __device__ __forceinline__ int advance(int& at) {
-    const int now = at;
-    at = now == kRing - S::kStageBytes ? 0 : now + S::kStageBytes;
-    return now;
-  }
+  static __device__ __forceinline__ int advance(int& at) { return next_stage<S::kStages, S::kStageBytes>(at); }
 
   // The oldest stage, which all threads see. Nobody reads the one before it any more.
   __device__ __forceinline__ int next() {

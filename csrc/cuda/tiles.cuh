@@ -94,6 +94,14 @@ __device__ __forceinline__ void load_matrix(char* tile, bool aligned, const T* f
   }
 }
 
+// The place, in bytes, of one stage in a ring of kStages; `at` goes on to the next.
+template <int kStages, int kBytes>
+__device__ __forceinline__ int next_stage(int& at) {
+  const int now = at;
+  at = now == (kStages - 1) * kBytes ? 0 : now + kBytes;
+  return now;
+}
+
 template <typename T>
 struct RunOut {
   T* data;

@@ -43,10 +43,9 @@ def serve(
     """
     import lorakern.serve as server
     from lorakern.commands.sources import read_dtype
-    from lorakern.mixture._threads import limit_arenas
     from lorakern.serve import engine, guards, run
 
-    limit_arenas()
+    run.limit_arenas()
     guards.check_start(host, api_key)
     run.check_folder(adapters)
     run.log_to_stderr()

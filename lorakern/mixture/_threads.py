@@ -1,10 +1,9 @@
-"""OpenMP's worker threads, of which every Python thread that computes has a team of its own, and their memory."""
+"""OpenMP's worker threads, of which every Python thread that computes has a team of its own."""
 
 import ctypes
 import os
 
 _SOFT = 1  # omp_pause_soft: what was set, such as the number of threads, stays
-_M_ARENA_MAX = -8
 
 
 def release_team() -> None:
@@ -16,13 +15,3 @@ def release_team() -> None:
     """
     if os.name == "posix" and (pause := getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)):
         pause(_SOFT)
-
-
-def limit_arenas(count: int = 2) -> None:
-    """Let glibc's malloc have so many arenas, in place of eight a core; other allocators are left alone.
-
-    Each thread of a new team takes whichever arena is free, and leaves in it what it does not give back: with many
-    arenas a server grew by 0.1 MB a request over its first two thousand.
-    """
-    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(_M_ARENA_MAX, count)

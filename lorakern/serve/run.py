@@ -1,7 +1,9 @@
 """The process of `lorakern serve`: checks first, then the model, then the port."""
 
 import contextlib
+import ctypes
 import logging
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorakern.errors import LorakernError
+
+_M_ARENA_MAX = -8  # of glibc's mallopt
 
 
 def serve(app: FastAPI, host: str, port: int, ready: Callable[[str], None]) -> None:
@@ -48,3 +52,13 @@ def check_folder(folder: Path) -> None:
     """Raises `LorakernError` for --adapters that is a file, before the model is loaded."""
     if folder.exists() and not folder.is_dir():
         raise LorakernError(f"--adapters {folder} is a file; give a folder, it is made if it is not there")
+
+
+def limit_arenas(count: int = 2) -> None:
+    """Let glibc's malloc have so many arenas, in place of eight a core; other allocators are left alone.
+
+    Each thread of a new OpenMP team takes whichever arena is free, and leaves in it what it does not give back: with
+    many arenas a server grew by 0.1 MB a request over its first two thousand.
+    """
+    if os.name == "posix" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_ARENA_MAX, count)
